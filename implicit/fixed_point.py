@@ -1,0 +1,203 @@
+"""Solve a fixed-point problem, then tie its solution to a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicit.gradients import Gradient, Implicit
+from implicit.solution import Solution
+from implicit.solve import Outcome, solve
+from implicit.solvers import Anderson, Solver
+from implicit.state import FlatMap, Layout, State
+from implicit.stopping import Steps, Stop, Tolerance
+
+_DEFAULT_SOLVER = Anderson()
+_DEFAULT_STOP = Tolerance()
+_DEFAULT_GRADIENT = Implicit()
+
+
+def fixed_point(
+    f: Callable[..., Any],
+    y0: State,
+    *,
+    solver: Solver = _DEFAULT_SOLVER,
+    stop: Stop = _DEFAULT_STOP,
+    gradient: Gradient = _DEFAULT_GRADIENT,
+    args: tuple[Any, ...] = (),
+    has_aux: bool = False,
+    path: Sequence[int] = (),
+    trace: bool = False,
+) -> Solution:
+    """Find ``y* = f(y*)`` for every sample of a batch.
+
+    Args:
+        f: ``f(y, *args) -> y``, or ``-> (y, aux)`` with ``has_aux``; treats samples apart.
+        y0: where to start: a tensor or a pytree of tensors, real floating point, batch first.
+        solver: `Naive`, `Anderson` or `Broyden`.
+        stop: `Tolerance` (per sample) or `Steps`.
+        gradient: `JFB`, `RAG`, `Neumann`, `Phantom`, `Implicit` or `BPTT`.  It decides the
+            derivative of the value and never the value.  Whatever ``f`` closes over (parameters,
+            inputs) receives gradient without being listed.
+        args: further arguments of ``f``.
+        has_aux: whether ``f`` also returns something to look at.  It comes from the evaluation
+            that the gradient tracks, if there is one.
+        path: positions (step numbers from 1, rising) whose states are returned.
+        trace: record the relative residual of every evaluation.
+
+    Returns:
+        A `Solution`: the value with its status, counts and residuals per sample.
+
+    Raises:
+        StateError: if ``y0`` is no state, or ``f(y0)`` differs from it in structure, shape, dtype
+            or device.
+        TypeError: if solver, stop or gradient is not one.
+        ValueError: if ``path`` is not rising or goes beyond the steps that ``stop`` allows.
+
+    Example:
+        >>> import torch, implicit
+        >>> W = torch.tensor([[0.5]], dtype=torch.float64, requires_grad=True)
+        >>> y0 = torch.zeros(1, 1, dtype=torch.float64)
+        >>> s = implicit.fixed_point(lambda y: torch.tanh(y @ W + 1), y0)
+        >>> bool(s.converged)
+        True
+        >>> s.value.sum().backward()
+        >>> W.grad.shape
+        torch.Size([1, 1])
+    """
+    _check_choices(f, solver, stop, gradient)
+    _check_path(path, stop)
+    layout = Layout(y0)
+    flat = FlatMap(f, layout, args, has_aux)
+    wanted: dict[int, Tensor] = {}
+
+    def visit(n: int, before: Tensor, after: Tensor) -> None:
+        if n in path:
+            wanted[n] = after.detach()
+
+    with torch.set_grad_enabled(torch.is_grad_enabled() and gradient.tracks_path):
+        outcome = solve(
+            flat,
+            layout.pack(y0),
+            solver,
+            stop,
+            visit=visit if path else None,
+            trace=trace,
+        )
+    value = outcome.value
+    if torch.is_grad_enabled() and not gradient.tracks_path:
+        value = value.detach()
+        value = _WithGradientOf.apply(gradient.attach(flat, value), value)
+    states = [layout.unpack(wanted.get(n, outcome.value.detach())) for n in path]
+    return _solution(layout.unpack(value), flat.aux, tuple(states), outcome)
+
+
+class FixedPoint(nn.Module):
+    """The module form of `fixed_point`: ``f`` with the choices of how to solve it.
+
+    ``f`` is registered if it is a module, so its parameters belong to this one.  In evaluation
+    mode ``eval_solver`` and ``eval_stop`` are used, if given (the paper trains with 20 steps and
+    infers with 25).
+
+    Args:
+        f: module or function ``f(y, *args) -> y``.
+        solver, stop, gradient, has_aux: as in `fixed_point`.
+        eval_solver, eval_stop: used instead after ``.eval()``.
+
+    Example:
+        >>> import torch, implicit
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(4, 4)
+        ...     def forward(self, y, x):
+        ...         return torch.tanh(0.3 * self.linear(y) + x)
+        >>> layer = implicit.FixedPoint(Cell(), gradient=implicit.RAG(2))
+        >>> solution = layer(torch.zeros(2, 4), torch.randn(2, 4))
+        >>> solution.value.shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        *,
+        solver: Solver = _DEFAULT_SOLVER,
+        stop: Stop = _DEFAULT_STOP,
+        gradient: Gradient = _DEFAULT_GRADIENT,
+        eval_solver: Solver | None = None,
+        eval_stop: Stop | None = None,
+        has_aux: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_choices(f, solver, stop, gradient)
+        _check_choices(f, eval_solver or solver, eval_stop or stop, gradient)
+        self.f = f
+        self.solver, self.stop, self.gradient = solver, stop, gradient
+        self.eval_solver, self.eval_stop = eval_solver or solver, eval_stop or stop
+        self.has_aux = has_aux
+
+    def forward(self, y0: State, *args: Any) -> Solution:
+        """Solve ``y = f(y, *args)`` from ``y0``."""
+        return fixed_point(
+            self.f,
+            y0,
+            solver=self.solver if self.training else self.eval_solver,
+            stop=self.stop if self.training else self.eval_stop,
+            gradient=self.gradient,
+            args=args,
+            has_aux=self.has_aux,
+        )
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, stop={self.stop}, gradient={self.gradient}"
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """The second tensor, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, attached: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _solution(value: Any, aux: Any, path: tuple[Any, ...], outcome: Outcome) -> Solution:
+    return Solution(
+        value=value,
+        aux=aux,
+        status=outcome.status,
+        steps=outcome.steps,
+        evaluations=outcome.evaluations,
+        residual=outcome.residual,
+        relative_residual=outcome.relative_residual,
+        path=path,
+        trace=torch.stack(outcome.trace) if outcome.trace else None,
+    )
+
+
+def _check_choices(f: Any, solver: Any, stop: Any, gradient: Any) -> None:
+    if not callable(f):
+        raise TypeError(f"f must be callable, not {f!r}.")
+    for name, value, kind, example in (
+        ("solver", solver, Solver, "implicit.Anderson(memory=5)"),
+        ("stop", stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-3) or implicit.Steps(20)"),
+        ("gradient", gradient, Gradient, "implicit.RAG(2)"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}={value!r} is not a {name}: pass an object such as {example}.")
+
+
+def _check_path(path: Sequence[int], stop: Stop) -> None:
+    most = stop.n if isinstance(stop, Steps) else stop.max_steps
+    if list(path) != sorted(set(path)) or (path and (path[0] < 1 or path[-1] > most)):
+        raise ValueError(
+            f"path={tuple(path)}: positions are step numbers, rising, from 1 to {most} "
+            f"(what {stop} allows)."
+        )

@@ -1,0 +1,87 @@
+"""Unrolled gradients: a few tracked applications of ``f`` from the detached solution.
+
+JFB: Fung et al., *JFB: Jacobian-free backpropagation for implicit networks*, AAAI 2022.
+RAG: Wang, Teng and Wang, *Deep Equilibrium Object Detection*, ICCV 2023, Eq. 10–11.
+Phantom: Geng et al., *On training implicit models*, NeurIPS 2021.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from implicit.gradients.base import Gradient, Map
+
+
+@dataclass(frozen=True)
+class Phantom(Gradient):
+    """``k`` tracked and damped applications ``y ← (1 − λ) y + λ f(y)`` from the solution.
+
+    At the fixed point the gradient is ``λ Σ_{i<k} (λJ + (1 − λ)I)ⁱ ∂f/∂(·)``.  Damping makes the
+    series converge for maps whose Jacobian has eigenvalues far on the negative side.  Memory:
+    ``k`` applications of ``f``.
+
+    Example:
+        >>> Phantom(k=5, damping=0.5)
+        Phantom(k=5, damping=0.5)
+    """
+
+    k: int
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_terms(self, self.k)
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"Phantom(damping={self.damping}): must lie in (0, 1].")
+
+    def attach(self, f: Map, value: Tensor) -> Tensor:
+        y = value
+        for _ in range(self.k):
+            y = y.lerp(f(y), self.damping)
+        return y
+
+
+@dataclass(frozen=True)
+class RAG(Gradient):
+    """Refinement-aware gradient: ``k`` tracked applications from the solution (Eq. 10–11).
+
+    At the fixed point this is ``Σ_{i<k} Jⁱ ∂f/∂(·)``; ``k = 1`` is JFB.  Memory: ``k``
+    applications of ``f``.  `Neumann` gives the same gradient in the memory of one.
+
+    Example:
+        >>> RAG(2)
+        RAG(k=2)
+    """
+
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        _check_terms(self, self.k)
+
+    def attach(self, f: Map, value: Tensor) -> Tensor:
+        y = value
+        for _ in range(self.k):
+            y = f(y)
+        return y
+
+
+@dataclass(frozen=True)
+class JFB(Gradient):
+    """Jacobian-free backpropagation: one tracked application; ``(I − J)⁻¹`` becomes ``I`` (Eq. 9).
+
+    Example:
+        >>> JFB()
+        JFB()
+    """
+
+    def attach(self, f: Map, value: Tensor) -> Tensor:
+        return f(value)
+
+
+def _check_terms(gradient: Gradient, k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(
+            f"{type(gradient).__name__}(k={k!r}): k counts applications of f and must be an "
+            "integer of at least 1."
+        )

@@ -1,0 +1,121 @@
+"""Refinement-aware perturbation (RAP): noise on the solver path.
+
+Wang, Teng and Wang, *Deep Equilibrium Object Detection*, ICCV 2023, §3.3.  A map that is trained
+on states which noise has pushed off the path learns to bring them back.  Noise that the map has
+already refined looks like the real error of a solver, more than noise added at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from implicit.state import State
+
+Noise = Callable[[State, torch.Generator | None], State]
+"""Takes a state and a generator; returns a noisy state of the same structure."""
+
+Entry = Literal["zero-step", "one-step", "multi-step"]
+
+
+def standard_normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal numbers in the shape, dtype and place of ``like``, from ``generator``."""
+    device = like.device if generator is None else generator.device
+    noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
+    return noise.to(like.device)
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """``y + ε`` with ``ε ~ N(0, σ² I)`` on every leaf of the state (Eq. 13).
+
+    Example:
+        >>> import torch
+        >>> GaussianNoise(0.0)(torch.ones(2, 3), None).tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if not self.sigma >= 0:
+            raise ValueError(f"GaussianNoise(sigma={self.sigma}): must not be negative.")
+
+    def __call__(self, state: State, generator: torch.Generator | None = None) -> State:
+        def noisy(leaf: Tensor) -> Tensor:
+            return leaf + self.sigma * standard_normal(leaf, generator)
+
+        return pytree.tree_map(noisy, state)
+
+
+@dataclass(frozen=True)
+class NormScaledNoise:
+    """``(1 − σ) q + σ ‖q‖₂ n`` with ``n ~ N(0, I)`` per element (Eq. 16).
+
+    The norm is taken over the last dimension of each leaf, so the noise vector is about
+    ``σ √C`` times as long as ``q`` for ``C`` channels.
+
+    Example:
+        >>> import torch
+        >>> NormScaledNoise(0.1)(torch.zeros(2, 3), None).tolist()
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma <= 1:
+            raise ValueError(f"NormScaledNoise(sigma={self.sigma}): must lie in [0, 1].")
+
+    def __call__(self, state: State, generator: torch.Generator | None = None) -> State:
+        def noisy(leaf: Tensor) -> Tensor:
+            length = torch.linalg.vector_norm(leaf, dim=-1, keepdim=True)
+            return (1 - self.sigma) * leaf + self.sigma * length * standard_normal(leaf, generator)
+
+        return pytree.tree_map(noisy, state)
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Which noise, how often, and where it enters.
+
+    Args:
+        noise: `GaussianNoise`, `NormScaledNoise`, or any callable ``(state, generator) -> state``.
+        probability: of each chance for noise being taken, one coin for the whole batch.
+        entry: ``"multi-step"`` (Eq. 15): before every step of the path, where it stays and is
+            refined on; ``"one-step"`` (Eq. 14): before the last step to a supervised position,
+            which only that position sees; ``"zero-step"`` (Eq. 13): on the supervised state
+            itself.
+
+    Example:
+        >>> Perturbation(GaussianNoise(0.1), probability=0.2).entry
+        'multi-step'
+    """
+
+    noise: Noise
+    probability: float = 0.2
+    entry: Entry = "multi-step"
+
+    def __post_init__(self) -> None:
+        if not callable(self.noise):
+            raise TypeError(f"Perturbation: noise must be callable, not {self.noise!r}.")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"Perturbation(probability={self.probability}): must lie in [0, 1].")
+        if self.entry not in ("zero-step", "one-step", "multi-step"):
+            raise ValueError(
+                f"Perturbation(entry={self.entry!r}): use 'zero-step', 'one-step' or 'multi-step'."
+            )
+
+    def __call__(self, state: State, generator: torch.Generator | None = None) -> State:
+        """The state with noise, or as it was, as the coin falls."""
+        device = "cpu" if generator is None else generator.device
+        coin = torch.rand((), generator=generator, device=device) < self.probability
+        if coin.device.type == "cpu":  # known to the host already: nothing waits for the device
+            return self.noise(state, generator) if bool(coin) else state
+        noisy = self.noise(state, generator)
+        return pytree.tree_map(lambda new, old: torch.where(coin, new, old), noisy, state)

@@ -1,0 +1,156 @@
+"""The state of a fixed-point problem and its flat view.
+
+A state is a tensor or any pytree of tensors (tuples, lists, dicts, named tuples) whose first
+dimension is the batch.  Solvers and gradients know nothing of pytrees: they work on a single
+matrix of shape ``(B, D)``, one row per sample, in float32 or better.  `Layout` holds what is
+needed to go from one view to the other and refuses, by name, whatever does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+State = Any
+"""A tensor or a pytree of tensors, batch first."""
+
+
+class StateError(ValueError):
+    """A state that cannot be solved for, or a map that does not return what it was given."""
+
+
+class Layout:
+    """Structure, shapes, dtypes and device of a state; packs it to ``(B, D)`` and back.
+
+    The matrix has the widest dtype of the leaves, and never less than float32: half-precision
+    states are solved in float32 and handed to ``f`` in their own dtype.
+
+    Raises:
+        StateError: if the state holds no tensor, leaves that are not real floating point,
+            zero-dimensional leaves, an empty batch, or leaves that disagree about batch or device.
+
+    Example:
+        >>> import torch
+        >>> layout = Layout({"a": torch.zeros(2, 3), "b": torch.ones(2, 4, 5)})
+        >>> layout.pack({"a": torch.zeros(2, 3), "b": torch.ones(2, 4, 5)}).shape
+        torch.Size([2, 23])
+    """
+
+    def __init__(self, y0: State) -> None:
+        leaves, self.spec = pytree.tree_flatten_with_path(y0)
+        self.names = [pytree.keystr(path) for path, _ in leaves]
+        tensors = [leaf for _, leaf in leaves]
+        if not tensors:
+            raise StateError("y0 holds no tensor: pass a tensor, or a pytree of tensors.")
+        for name, leaf in zip(self.names, tensors, strict=True):
+            _check_leaf(name, leaf)
+        self.batch = tensors[0].shape[0]
+        self.device = tensors[0].device
+        for name, leaf in zip(self.names, tensors, strict=True):
+            if leaf.shape[0] != self.batch:
+                raise StateError(
+                    f"y0{name} has {leaf.shape[0]} samples and y0{self.names[0]} has {self.batch}: "
+                    "the first dimension of every leaf is the batch and must be the same."
+                )
+            if leaf.device != self.device:
+                raise StateError(
+                    f"y0{name} is on {leaf.device} and y0{self.names[0]} on {self.device}: "
+                    "move the whole state to one device."
+                )
+        self.shapes = [leaf.shape for leaf in tensors]
+        self.dtypes = [leaf.dtype for leaf in tensors]
+        self.sizes = [leaf[0].numel() for leaf in tensors]
+        self.dtype = torch.float32
+        for dtype in self.dtypes:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+
+    def pack(self, y: State) -> Tensor:
+        """The state as a ``(B, D)`` matrix in the working dtype (differentiable)."""
+        rows = [leaf.reshape(self.batch, -1).to(self.dtype) for leaf in pytree.tree_leaves(y)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    def unpack(self, flat: Tensor) -> State:
+        """The state that a ``(B, D)`` matrix stands for, each leaf in its own shape and dtype."""
+        rows = flat.split(self.sizes, dim=1) if len(self.sizes) > 1 else (flat,)
+        leaves = [
+            row.reshape(shape).to(dtype)
+            for row, shape, dtype in zip(rows, self.shapes, self.dtypes, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def check(self, fy: State) -> None:
+        """Raise `StateError` unless ``fy = f(y)`` has the structure of the state."""
+        leaves, spec = pytree.tree_flatten(fy)
+        if spec != self.spec:
+            raise StateError(
+                f"f returned another structure than it was given: {spec} instead of {self.spec}. "
+                "Return the state first, and set has_aux=True if f returns (state, aux)."
+            )
+        for name, leaf, shape, dtype in zip(
+            self.names, leaves, self.shapes, self.dtypes, strict=True
+        ):
+            if not isinstance(leaf, Tensor):
+                raise StateError(f"f(y){name} is a {type(leaf).__name__}, not a tensor.")
+            if leaf.shape != shape:
+                raise StateError(
+                    f"f(y){name} has shape {tuple(leaf.shape)} where y0{name} has {tuple(shape)}: "
+                    "f must map a state to a state of the same shape."
+                )
+            if leaf.device != self.device:
+                raise StateError(
+                    f"f(y){name} is on {leaf.device} and y0{name} on {self.device}: "
+                    "move y0, or the module behind f, to one device."
+                )
+            if leaf.dtype != dtype and not _autocast(self.device, leaf.dtype):
+                raise StateError(
+                    f"f(y){name} is {leaf.dtype} where y0{name} is {dtype}: "
+                    f"start from y0 in {leaf.dtype}, or cast inside f."
+                )
+
+
+class FlatMap:
+    """``f`` as a map of ``(B, D)`` matrices; checks what it returns and keeps its last aux."""
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        layout: Layout,
+        args: tuple[Any, ...] = (),
+        has_aux: bool = False,
+    ) -> None:
+        self.f, self.layout, self.args, self.has_aux = f, layout, args, has_aux
+        self.aux: Any = None
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        result = self.f(self.layout.unpack(flat), *self.args)
+        if self.has_aux:
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise StateError("has_aux=True: f must return a pair (state, aux).")
+            result, self.aux = result
+        self.layout.check(result)
+        return self.layout.pack(result)
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise StateError(f"y0{name} is a {type(leaf).__name__}; every leaf must be a tensor.")
+    if not leaf.is_floating_point():
+        raise StateError(
+            f"y0{name} is {leaf.dtype}: fixed points are solved over the real numbers. "
+            "Cast it (y0.float()), or view a complex state as real (torch.view_as_real)."
+        )
+    if leaf.dim() == 0:
+        raise StateError(
+            f"y0{name} has no dimension: the first one is the batch. Use y0.reshape(1)."
+        )
+    if leaf.shape[0] == 0:
+        raise StateError(f"y0{name} has shape {tuple(leaf.shape)}: the batch is empty.")
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Under autocast ``f`` may well answer in the autocast dtype; it is cast back."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == dtype

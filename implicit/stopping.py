@@ -1,0 +1,93 @@
+"""When a solve ends: within a tolerance, or after a fixed number of steps.
+
+The quantity that is tested is always the true residual ``f(y) - y``, whatever the solver or its
+damping, and always sample by sample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["l2", "rms", "max"]
+
+
+def batch_norm_of(x: Tensor, norm: Norm) -> Tensor:
+    """Norm of each row of ``x (B, D)``; a row of no elements has norm 0."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0])
+    if norm == "max":
+        return x.abs().amax(dim=1)
+    length = torch.linalg.vector_norm(x, dim=1)
+    return length if norm == "l2" else length / math.sqrt(x.shape[1])
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Stop a sample when ``‖f(y) − y‖ ≤ atol + rtol·‖f(y)‖``, or after ``max_steps`` steps.
+
+    Each sample stops by itself and does not move any more.  The value that is returned is one at
+    which ``f`` was evaluated: its residual is known, not hoped for.  That costs one evaluation
+    more than there are steps.
+
+    Args:
+        rtol: relative tolerance.
+        atol: absolute tolerance, in the units of the state.
+        max_steps: most solver steps.
+        check_every: steps between two looks from the host at whether all samples are done; the
+            test itself runs at every step, on the device.  Larger values save synchronisations
+            on a GPU and cost up to ``check_every − 1`` superfluous evaluations.
+        norm: ``"l2"``, ``"rms"`` or ``"max"`` over all elements of a sample.
+
+    Example:
+        >>> Tolerance(rtol=1e-4).max_steps
+        50
+    """
+
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    max_steps: int = 50
+    check_every: int = 1
+    norm: Norm = "l2"
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"Tolerance({name}={value}): must be finite and not negative.")
+        if self.rtol == 0 and self.atol == 0:
+            raise ValueError(
+                "Tolerance(rtol=0, atol=0) can never be met: give one of them, or use Steps(n)."
+            )
+        if self.max_steps < 1:
+            raise ValueError(f"Tolerance(max_steps={self.max_steps}): at least one step.")
+        if self.check_every < 1:
+            raise ValueError(f"Tolerance(check_every={self.check_every}): at least 1.")
+        if self.norm not in ("l2", "rms", "max"):
+            raise ValueError(f"Tolerance(norm={self.norm!r}): use 'l2', 'rms' or 'max'.")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Take exactly ``n`` steps, with ``n`` evaluations and no host synchronisation.
+
+    Nothing is tested, so no sample is ever reported as converged; the residual reported is that
+    of the last iterate at which ``f`` was evaluated, one step before the value returned.
+
+    Example:
+        >>> Steps(20).n
+        20
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"Steps({self.n}): at least one step.")
+
+
+Stop = Tolerance | Steps

@@ -1,0 +1,280 @@
+"""Deep supervision along the solver path, in the memory of one position.
+
+Wang, Teng and Wang, *Deep Equilibrium Object Detection*, ICCV 2023, §3.3, Eq. 12.  A loss is
+taken at several positions of the path, each through a few tracked steps from the detached state
+there.  The gradients of a position are computed as soon as its loss is known and its graph is
+freed at once; only their sums are kept, and are handed to autograd when the gradient of the total
+loss arrives.  So peak memory depends neither on the number of positions nor on the length of the
+path, and the loss is still an ordinary scalar: its ``backward()`` works under
+DistributedDataParallel, gradient scaling, accumulation, clipping and hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from implicit.gradients import RAG, Gradient
+from implicit.gradients.graph import leaves_of
+from implicit.perturbation import Perturbation
+from implicit.solve import solve
+from implicit.solvers import Naive, Solver
+from implicit.state import FlatMap, Layout, State
+from implicit.stopping import Steps
+
+_DEFAULT_GRADIENT = RAG(2)
+_DEFAULT_SOLVER = Naive()
+
+Loss = Callable[[State, int], Any]
+"""``loss(y, position)`` returns a scalar tensor, or a pair of it and anything to hand back."""
+
+
+def positions(m: int, C: int, T: int) -> tuple[int, ...]:
+    """Supervision positions ``Ω = {1, C, 2C, …, mC, T}`` (Eq. 12), rising and without repeats.
+
+    Args:
+        m: number of multiples of ``C``.
+        C: their spacing, in solver steps.
+        T: length of the path, which is always supervised.
+
+    Raises:
+        ValueError: if ``m`` is negative, ``C`` or ``T`` below 1, or ``mC`` lies beyond ``T``.
+
+    Example:
+        >>> positions(m=4, C=3, T=20)
+        (1, 3, 6, 9, 12, 20)
+    """
+    if m < 0 or C < 1 or T < 1:
+        raise ValueError(f"positions(m={m}, C={C}, T={T}): m ≥ 0, C ≥ 1 and T ≥ 1 are needed.")
+    if m * C > T:
+        raise ValueError(
+            f"positions(m={m}, C={C}, T={T}): the last multiple, {m * C}, lies beyond the path of "
+            f"{T} steps. Use m ≤ {T // C}, a smaller C, or a longer path."
+        )
+    return tuple(sorted({1, *(i * C for i in range(1, m + 1)), T}))
+
+
+@dataclass
+class Supervision:
+    """What `supervise` returns.
+
+    Attributes:
+        loss: the sum of the losses; a scalar to call ``backward()`` on.
+        losses: ``(len(at),)``, the loss at each position, detached.
+        aux: what ``loss`` returned beside each scalar, tensors in it detached.
+        value: the state at the end of the path, detached.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    aux: tuple[Any, ...]
+    value: State
+
+
+def supervise(
+    f: Callable[..., State],
+    y0: State,
+    loss: Loss,
+    *,
+    at: Sequence[int],
+    gradient: Gradient = _DEFAULT_GRADIENT,
+    solver: Solver = _DEFAULT_SOLVER,
+    perturbation: Sequence[Perturbation] = (),
+    args: tuple[Any, ...] = (),
+    parameters: Iterable[Tensor] = (),
+    generator: torch.Generator | None = None,
+) -> Supervision:
+    """Run the solver path from ``y0`` and take the gradient of a loss at some of its positions.
+
+    At a position ``n`` the loss sees the state that the gradient mode computes from the ``n``-th
+    state ``y_n``: with ``RAG(k)``, ``f`` applied ``k`` times.  These applications do not advance
+    the path.
+
+    Args:
+        f: ``f(y, *args) -> y``.
+        y0: start of the path; it is detached.
+        loss: ``loss(y, position)``; a scalar, or ``(scalar, aux)``.
+        at: positions, step numbers from 1, rising; the path ends at the last.
+        gradient: of each position; anything but `BPTT`.
+        solver: what walks the path.
+        perturbation: noise, in the order in which it is added (see `Perturbation`).
+        args: further arguments of ``f``; tensors in it (also inside pytrees) that require
+            gradient receive it.
+        parameters: every tensor that ``f`` or ``loss`` close over and that is to receive
+            gradient.  One that is reached and not named raises an error, so none is lost.
+        generator: source of the noise, for runs that repeat.
+
+    Returns:
+        A `Supervision`.  Its loss can be differentiated once, not twice.
+
+    Raises:
+        ValueError: if ``at`` is empty, not rising or not positive, if the gradient is `BPTT`, or
+            if a tensor that requires gradient was reached and is neither in ``args`` nor named.
+
+    Example:
+        >>> import torch, implicit
+        >>> W = torch.nn.Parameter(0.1 * torch.eye(3))
+        >>> x = torch.randn(4, 3, requires_grad=True)
+        >>> s = implicit.supervise(
+        ...     lambda y, x: torch.tanh(y @ W + x), torch.zeros(4, 3),
+        ...     lambda y, position: (y - 1).square().mean(),
+        ...     at=implicit.positions(m=2, C=3, T=10), args=(x,), parameters=[W],
+        ... )
+        >>> s.loss.backward()
+        >>> W.grad.shape, x.grad.shape, len(s.losses)
+        (torch.Size([3, 3]), torch.Size([4, 3]), 4)
+    """
+    _check(at, gradient)
+    leaves, spec = pytree.tree_flatten(args)
+    sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    sources += [p for p in dict.fromkeys(parameters) if p.requires_grad]
+    tracked = torch.is_grad_enabled() and bool(sources)
+    walk = _Walk(
+        f, y0, loss, tuple(at), gradient, solver, tuple(perturbation), generator, leaves, spec
+    )
+    if tracked:
+        total = _Supervise.apply(walk, *sources)
+    else:
+        total, _ = walk.run(sources, tracked=False)
+    return Supervision(total, torch.stack(walk.losses), tuple(walk.aux), walk.value)
+
+
+class _Walk:
+    """One run along the path: collects losses and, if they are wanted, sums of gradients."""
+
+    def __init__(
+        self,
+        f: Callable[..., State],
+        y0: State,
+        loss: Loss,
+        at: tuple[int, ...],
+        gradient: Gradient,
+        solver: Solver,
+        perturbation: tuple[Perturbation, ...],
+        generator: torch.Generator | None,
+        leaves: list[Any],
+        spec: Any,
+    ) -> None:
+        self.f, self.y0, self.loss, self.at = f, y0, loss, at
+        self.gradient, self.solver = gradient, solver
+        self.perturbation, self.generator = perturbation, generator
+        self.leaves, self.spec = leaves, spec
+        self.layout = Layout(y0)
+        self.losses: list[Tensor] = []
+        self.aux: list[Any] = []
+        self.value: State = None
+
+    def run(self, sources: Sequence[Tensor], tracked: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """Total loss, and its gradient with respect to each of ``sources``."""
+        stand_in = {id(s): s for s in sources}
+        inside = []
+        for leaf in self.leaves:
+            wanted = tracked and isinstance(leaf, Tensor) and leaf.requires_grad
+            inside.append(leaf.detach().requires_grad_() if wanted else leaf)
+            if wanted:
+                stand_in[id(leaf)] = inside[-1]
+        targets = [stand_in[id(s)] for s in sources]
+        sums: list[Tensor | None] = [None] * len(targets)
+        f = FlatMap(self.f, self.layout, pytree.tree_unflatten(inside, self.spec))
+
+        def visit(n: int, before: Tensor, after: Tensor) -> None:
+            if n not in self.at:
+                return
+            start = self._disturbed(f, before, after)
+            with torch.set_grad_enabled(tracked):
+                y = self.layout.unpack(self.gradient.attach(f, start.detach()))
+                result = self.loss(y, n)
+                scalar, aux = result if isinstance(result, tuple) else (result, None)
+                self._check_scalar(scalar, n)
+            if tracked and scalar.requires_grad:
+                if n == self.at[0]:
+                    _check_named(scalar, targets)
+                new = torch.autograd.grad(scalar, targets, allow_unused=True)
+                for i, part in enumerate(new):
+                    if part is not None:
+                        old = sums[i]
+                        # Never in place: autograd may hand out one tensor for two sources.
+                        sums[i] = part if old is None else old + part
+            self.losses.append(scalar.detach())
+            self.aux.append(pytree.tree_map_only(Tensor, Tensor.detach, aux))
+
+        with torch.no_grad():
+            outcome = solve(
+                f,
+                self.layout.pack(self.y0).detach(),
+                self.solver,
+                Steps(self.at[-1]),
+                perturb=lambda y: self._perturbed("multi-step", y),
+                visit=visit,
+            )
+        self.value = self.layout.unpack(outcome.value)
+        return torch.stack(self.losses).sum(), sums
+
+    def _disturbed(self, f: FlatMap, before: Tensor, after: Tensor) -> Tensor:
+        """The state to supervise: ``after``, or what noise for this position alone makes of it."""
+        pushed = self._perturbed("one-step", before)
+        return self._perturbed("zero-step", after if pushed is before else f(pushed))
+
+    def _perturbed(self, entry: str, flat: Tensor) -> Tensor:
+        chosen = [p for p in self.perturbation if p.entry == entry]
+        if not chosen:
+            return flat
+        state = clean = self.layout.unpack(flat)
+        for perturbation in chosen:
+            state = perturbation(state, self.generator)
+        return flat if state is clean else self.layout.pack(state)
+
+    @staticmethod
+    def _check_scalar(scalar: Any, n: int) -> None:
+        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+            shape = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise ValueError(
+                f"loss(y, {n}) returned {shape}: it must be a scalar tensor, or (scalar, aux)."
+            )
+
+
+class _Supervise(torch.autograd.Function):
+    """Runs the walk in its forward pass; its backward pass hands out the gradients it kept."""
+
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, *sources: Tensor) -> Tensor:
+        total, sums = walk.run(sources, tracked=True)
+        ctx.present = [s is not None for s in sums]
+        ctx.save_for_backward(*(s for s in sums if s is not None))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept = iter(ctx.saved_tensors)
+        return (None, *(next(kept) * grad if present else None for present in ctx.present))
+
+
+def _check(at: Sequence[int], gradient: Gradient) -> None:
+    if not at or list(at) != sorted(set(at)) or at[0] < 1:
+        raise ValueError(f"at={tuple(at)}: at least one position, rising, from 1 on.")
+    if not isinstance(gradient, Gradient):
+        raise TypeError(f"gradient={gradient!r} is not a gradient: pass one such as RAG(2).")
+    if gradient.tracks_path:
+        raise ValueError(
+            "supervise keeps no path, so BPTT has nothing to go through: use RAG(k), or take the "
+            "losses on fixed_point(..., gradient=BPTT(), path=...) instead."
+        )
+
+
+def _check_named(loss: Tensor, targets: Sequence[Tensor]) -> None:
+    """Raise if ``loss`` depends on a tensor that would silently receive no gradient."""
+    known = {id(t) for t in targets}
+    for leaf in leaves_of(loss):
+        if id(leaf) not in known:
+            raise ValueError(
+                f"supervise: a tensor of shape {tuple(leaf.shape)} that requires gradient is "
+                "reached by f or loss and is neither in args nor in parameters, so it would get "
+                "no gradient. Pass parameters=module.parameters(), and inputs through args."
+            )
