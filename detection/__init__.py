@@ -1,0 +1,1 @@
+"""DEQDet and its relatives AdaMixer and RNNDet, built on `implicit`."""

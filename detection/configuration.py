@@ -1,0 +1,112 @@
+"""Configurations to JSON and back: nested frozen dataclasses, with nothing lost or guessed.
+
+Where a field may hold one of several types (a solver, a gradient, a decoder), the JSON names the
+type.  Reading is strict: an unknown field, a missing one or a value of the wrong kind is refused
+by its full name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigurationError(ValueError):
+    """A stored configuration that does not fit the code."""
+
+
+def to_json(value: Any) -> Any:
+    """A configuration as JSON types; dataclasses carry their type's name.
+
+    Example:
+        >>> import implicit
+        >>> to_json(implicit.RAG(2))
+        {'type': 'RAG', 'k': 2}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(kind: type[T], data: Any, where: str = "") -> T:
+    """The configuration of type ``kind`` that `to_json` made ``data`` from.
+
+    Raises:
+        ConfigurationError: naming the field that does not fit.
+
+    Example:
+        >>> import implicit
+        >>> from_json(implicit.RAG, {"type": "RAG", "k": 3})
+        RAG(k=3)
+    """
+    value: T = _read(kind, data, where or kind.__name__)
+    return value
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(options, data, where)
+    if origin is typing.Literal:
+        if data not in options:
+            raise ConfigurationError(f"{where}={data!r}: must be one of {', '.join(map(str, options))}.")
+        return data
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise ConfigurationError(f"{where}={data!r}: must be a list.")
+        inner = [options[0]] * len(data) if options[-1] is Ellipsis else list(options)
+        if len(inner) != len(data):
+            raise ConfigurationError(f"{where}: {len(inner)} values are needed, got {len(data)}.")
+        items = zip(inner, data, strict=True)
+        return tuple(_read(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(items))
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, data, where)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
+        raise ConfigurationError(f"{where}={data!r}: must be {getattr(kind, '__name__', kind)}.")
+    return data
+
+
+def _read_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in options:
+        return None
+    rest = [option for option in options if option is not type(None)]
+    if len(rest) == 1:
+        return _read(rest[0], data, where)
+    names = {option.__name__: option for option in rest}
+    name = data.get("type") if isinstance(data, dict) else None
+    if name not in names:
+        raise ConfigurationError(f"{where}: type {name!r} is not one of {', '.join(names)}.")
+    return _read(names[name], data, where)
+
+
+def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{where}={data!r}: must be an object with the fields of {kind.__name__}.")
+    if data.get("type", kind.__name__) != kind.__name__:
+        raise ConfigurationError(f"{where}: type {data['type']!r} where {kind.__name__} is needed.")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    given = {key: value for key, value in data.items() if key != "type"}
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(names)}."
+            raise ConfigurationError(f"{where}.{key}: unknown field.{hint}")
+    for key in names:
+        if key not in given:
+            raise ConfigurationError(f"{where}.{key}: missing.")
+    values = {key: _read(hints[key], value, f"{where}.{key}") for key, value in given.items()}
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{where}: {error}") from error

@@ -1,0 +1,1 @@
+"""One query refinement layer and its parts."""

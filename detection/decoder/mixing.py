@@ -1,0 +1,57 @@
+"""Adaptive mixing: a query makes the weights that mix its sampled features (AdaMixer).
+
+First the channels of all points are mixed by one matrix, then the points by another; both are
+generated from the content of the query, for each channel group.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class AdaptiveMixing(nn.Module):
+    """``x ← relu(LN(x M)); x ← relu(LN(S x))``, then a linear layer to the content's width.
+
+    ``M`` (E×E, channel mixing) and ``S`` (P_out×P, spatial mixing) come from a linear layer on
+    the content; the norms run over the whole matrix and have no parameters.
+
+    Args:
+        content_dim: channels of the content.
+        feature_channels: ``C``; ``E = C/groups``.
+        groups: channel groups.
+        points: ``P`` per group.
+        out_points: ``P_out``.
+
+    Example:
+        >>> import torch
+        >>> mixing = AdaptiveMixing(16, feature_channels=8, groups=2, points=4, out_points=6)
+        >>> mixing(torch.randn(2, 3, 16), torch.randn(2, 3, 2, 4, 4)).shape
+        torch.Size([2, 3, 16])
+    """
+
+    def __init__(
+        self, content_dim: int, feature_channels: int, groups: int, points: int, out_points: int
+    ) -> None:
+        super().__init__()
+        if feature_channels % groups:
+            raise ValueError(f"{feature_channels} channels cannot be split into {groups} groups.")
+        self.groups, self.points, self.out_points = groups, points, out_points
+        self.channels = feature_channels // groups
+        self.sizes = (self.channels**2, out_points * points)
+        self.generator = nn.Linear(content_dim, groups * sum(self.sizes))
+        self.project_out = nn.Linear(groups * out_points * self.channels, content_dim)
+        nn.init.zeros_(self.generator.weight)
+        nn.init.xavier_uniform_(self.project_out.weight)
+
+    def forward(self, content: Tensor, sampled: Tensor) -> Tensor:
+        """Mixed features ``(B, N, content_dim)`` of ``sampled (B, N, G, P, C/G)``."""
+        batch, queries, _ = content.shape
+        matrices = self.generator(content).view(batch * queries * self.groups, -1)
+        channel, spatial = matrices.split(self.sizes, dim=1)
+        x = sampled.reshape(-1, self.points, self.channels)
+        x = x @ channel.view(-1, self.channels, self.channels)
+        x = F.relu(F.layer_norm(x, x.shape[1:]), inplace=True)
+        x = spatial.view(-1, self.out_points, self.points) @ x
+        x = F.relu(F.layer_norm(x, x.shape[1:]), inplace=True)
+        return self.project_out(x.view(batch, queries, -1))

@@ -1,0 +1,1 @@
+"""Backbones, neck, queries, decoders, and the detector made of them."""

@@ -1,0 +1,296 @@
+"""One refinement layer, iterated in three ways: the argument of the paper (Fig. 1) as code.
+
+- `StackedDecoder` (AdaMixer): layers with weights of their own, ``y_t = f_t(x, y_{t-1})`` (Eq. 1).
+- `RecurrentDecoder` (RNNDet): one tied layer, trained through its whole path (Eq. 4).
+- `EquilibriumDecoder` (DEQDet): the fixed point of that layer, ``y* = f(x, y*)`` (Eq. 6).
+
+Solving, gradients, supervision and perturbation of the last are those of `implicit`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import implicit
+from detection.decoder.layer import LayerConfig, Queries, RefinementLayer
+from detection.decoder.noise import BoxNoise, ContentNoise
+from detection.models.config import (
+    DecoderConfig,
+    EquilibriumConfig,
+    PerturbationConfig,
+    RecurrentConfig,
+    StackedConfig,
+)
+
+Features = Sequence[Tensor]
+"""Feature maps ``(B, C, H/s, W/s)`` for the strides ``s`` of the layer."""
+
+Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+"""``criterion(logits, boxes)`` returns the loss and its parts, the latter detached."""
+
+
+class Output(NamedTuple):
+    """What a decoder says of a batch.
+
+    Attributes:
+        logits: ``(B, N, K)`` class logits (sigmoid, no background).
+        boxes: ``(B, N, 4)`` xyxy in pixels of the input image; not clipped to it.
+        residual: ``(T, B)`` relative residual at each refinement; `None` unless asked for.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    residual: Tensor | None = None
+
+
+@dataclass
+class Supervised:
+    """The loss of a batch: the sum to differentiate, and what each supervised output gave.
+
+    Attributes:
+        total: scalar.
+        losses: detached loss of each supervised output, by name (``init``, ``init+1``, ``iter3``).
+        parts: detached loss parts (class, l1, giou), summed over the outputs.
+    """
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    parts: dict[str, Tensor]
+
+
+class Decoder(nn.Module, ABC):
+    """Refines queries against image features."""
+
+    @abstractmethod
+    def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
+        """The output after every layer call, first to last."""
+
+    @abstractmethod
+    def losses(
+        self,
+        features: Features,
+        queries: Queries,
+        criterion: Criterion,
+        generator: torch.Generator | None = None,
+    ) -> Supervised:
+        """The training loss.
+
+        Args:
+            features: maps of the batch.
+            queries: where refinement starts.
+            criterion: loss of one output.
+            generator: source of perturbation noise, where there is any.
+        """
+
+    def forward(self, features: Features, queries: Queries) -> Output:
+        """The last output."""
+        output = None
+        for output in self.trajectory(features, queries):  # noqa: B007
+            pass
+        assert output is not None
+        return output
+
+
+class _UntrackedParts:
+    """Collects the parts of several losses."""
+
+    def __init__(self, criterion: Criterion) -> None:
+        self.criterion = criterion
+        self.totals: list[Tensor] = []
+        self.losses: dict[str, Tensor] = {}
+        self.parts: dict[str, Tensor] = {}
+
+    def add(self, name: str, output: Output) -> None:
+        """Score an output whose loss goes into the total."""
+        loss, parts = self.criterion(output.logits, output.boxes)
+        self.totals.append(loss)
+        self.note(name, loss.detach(), parts)
+
+    def note(self, name: str, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Record a loss whose gradient is taken care of elsewhere."""
+        self.losses[name] = loss
+        for part, value in parts.items():
+            self.parts[part] = self.parts[part] + value if part in self.parts else value
+
+    def supervised(self, *more: Tensor) -> Supervised:
+        return Supervised(torch.stack([*self.totals, *more]).sum(), self.losses, self.parts)
+
+
+class StackedDecoder(Decoder):
+    """AdaMixer: every layer has its own weights and is supervised."""
+
+    def __init__(self, layer: LayerConfig, config: StackedConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(RefinementLayer(layer) for _ in range(config.layers))
+
+    def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
+        for layer in self.layers:
+            queries = layer(queries, features)
+            yield _read(layer, queries)
+
+    def losses(
+        self,
+        features: Features,
+        queries: Queries,
+        criterion: Criterion,
+        generator: torch.Generator | None = None,
+    ) -> Supervised:
+        scores = _UntrackedParts(criterion)
+        for n, output in enumerate(self.trajectory(features, queries), start=1):
+            scores.add(f"layer{n}", output)
+        return scores.supervised()
+
+
+class RecurrentDecoder(Decoder):
+    """RNNDet: an initialisation layer, then one layer again and again; BPTT, all supervised."""
+
+    def __init__(self, layer: LayerConfig, config: RecurrentConfig) -> None:
+        super().__init__()
+        self.steps = config.steps
+        self.initial = RefinementLayer(replace(layer, points=config.initial_points))
+        self.refinement = RefinementLayer(layer)
+
+    def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
+        queries = self.initial(queries, features)
+        yield _read(self.initial, queries)
+        for _ in range(self.steps - 1):
+            queries = self.refinement(queries, features)
+            yield _read(self.refinement, queries)
+
+    def losses(
+        self,
+        features: Features,
+        queries: Queries,
+        criterion: Criterion,
+        generator: torch.Generator | None = None,
+    ) -> Supervised:
+        scores = _UntrackedParts(criterion)
+        for n, output in enumerate(self.trajectory(features, queries)):
+            scores.add("init" if n == 0 else f"iter{n}", output)
+        return scores.supervised()
+
+
+class EquilibriumDecoder(Decoder):
+    """DEQDet: an initialisation layer ``g``, then the fixed point of the refinement layer ``f``.
+
+    Training (paper, §3.3): losses on ``g``, on ``h`` applications of ``f`` chained to it, and on
+    the perturbed path that starts at the detached output of ``g``, at the positions ``Ω``.
+    """
+
+    def __init__(self, layer: LayerConfig, config: EquilibriumConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.initial = RefinementLayer(replace(layer, points=config.initial_points))
+        self.refinement = RefinementLayer(layer)
+        self.perturbation = _perturbations(config.perturbation)
+
+    def forward(
+        self,
+        features: Features,
+        queries: Queries,
+        *,
+        stop: implicit.Steps | implicit.Tolerance | None = None,
+        solver: implicit.Solver | None = None,
+        trace: bool = False,
+    ) -> Output:
+        """The detections at the fixed point.
+
+        Args:
+            features: maps of the batch.
+            queries: where refinement starts.
+            stop: when to stop refining; by default after ``config.steps`` steps.
+            solver: by default the one of the configuration.
+            trace: also return the relative residual of every refinement.
+        """
+        solution = implicit.fixed_point(
+            self.refinement,
+            self.initial(queries, features),
+            solver=solver or self.config.solver,
+            stop=stop or implicit.Steps(self.config.steps),
+            gradient=implicit.JFB(),
+            args=(features,),
+            trace=trace,
+        )
+        return _read(self.refinement, solution.value)._replace(residual=solution.trace)
+
+    def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
+        start = self.initial(queries, features)
+        yield _read(self.initial, start)
+        solution = implicit.fixed_point(
+            self.refinement,
+            start,
+            solver=self.config.solver,
+            stop=implicit.Steps(self.config.steps),
+            gradient=implicit.JFB(),
+            args=(features,),
+            path=range(1, self.config.steps + 1),
+        )
+        for queries in solution.path:
+            yield _read(self.refinement, queries)
+
+    def losses(
+        self,
+        features: Features,
+        queries: Queries,
+        criterion: Criterion,
+        generator: torch.Generator | None = None,
+    ) -> Supervised:
+        scores = _UntrackedParts(criterion)
+        start = self.initial(queries, features)
+        scores.add("init", _read(self.initial, start))
+        chained = start
+        for n in range(1, self.config.extra_supervision + 1):
+            chained = self.refinement(chained, features)
+            scores.add(f"init+{n}", _read(self.refinement, chained))
+
+        def loss(state: Queries, position: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+            output = _read(self.refinement, state)
+            return criterion(output.logits, output.boxes)
+
+        path = implicit.supervise(
+            self.refinement,
+            start,
+            loss,
+            at=self.config.positions,
+            gradient=self.config.gradient,
+            solver=self.config.solver,
+            perturbation=self.perturbation,
+            args=(features,),
+            parameters=self.refinement.parameters(),
+            generator=generator,
+        )
+        for n, value, parts in zip(self.config.positions, path.losses, path.aux, strict=True):
+            scores.note(f"iter{n}", value, parts)
+        return scores.supervised(path.loss)
+
+
+def build_decoder(layer: LayerConfig, config: DecoderConfig) -> Decoder:
+    """The decoder that a configuration stands for."""
+    if isinstance(config, StackedConfig):
+        return StackedDecoder(layer, config)
+    if isinstance(config, RecurrentConfig):
+        return RecurrentDecoder(layer, config)
+    return EquilibriumDecoder(layer, config)
+
+
+def _read(layer: RefinementLayer, queries: Queries) -> Output:
+    return Output(layer.classify(queries.content), queries.boxes)
+
+
+def _perturbations(config: PerturbationConfig) -> tuple[implicit.Perturbation, ...]:
+    """Content first, then boxes, each with a coin of its own."""
+    noises: list[tuple[float, implicit.Noise]] = [
+        (config.content, ContentNoise(config.content)),
+        (config.position, BoxNoise(config.position)),
+    ]
+    return tuple(
+        implicit.Perturbation(noise, config.probability, config.entry)
+        for sigma, noise in noises
+        if sigma > 0
+    )

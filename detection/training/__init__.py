@@ -1,0 +1,1 @@
+"""Training: matching, losses, optimisation, checkpoints, distributed runs, progress, the loop."""
