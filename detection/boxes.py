@@ -24,9 +24,7 @@ def encode_boxes(boxes: Tensor) -> Tensor:
     x1, y1, x2, y2 = boxes.unbind(-1)
     width = ((x2 - x1).abs() + 1e-7).log2()
     height = ((y2 - y1).abs() + 1e-7).log2()
-    return torch.stack(
-        [(x1 + x2) / 2, (y1 + y2) / 2, (width + height) / 2, height - width], dim=-1
-    )
+    return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, (width + height) / 2, height - width], dim=-1)
 
 
 def decode_position(position: Tensor) -> Tensor:

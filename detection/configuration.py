@@ -7,6 +7,7 @@ by its full name.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import types
@@ -57,7 +58,9 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         return _read_union(options, data, where)
     if origin is typing.Literal:
         if data not in options:
-            raise ConfigurationError(f"{where}={data!r}: must be one of {', '.join(map(str, options))}.")
+            raise ConfigurationError(
+                f"{where}={data!r}: must be one of {', '.join(map(str, options))}."
+            )
         return data
     if origin is tuple:
         if not isinstance(data, list):
@@ -91,7 +94,9 @@ def _read_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise ConfigurationError(f"{where}={data!r}: must be an object with the fields of {kind.__name__}.")
+        raise ConfigurationError(
+            f"{where}={data!r}: must be an object with the fields of {kind.__name__}."
+        )
     if data.get("type", kind.__name__) != kind.__name__:
         raise ConfigurationError(f"{where}: type {data['type']!r} where {kind.__name__} is needed.")
     hints = typing.get_type_hints(kind)
@@ -110,3 +115,48 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{where}: {error}") from error
+
+
+def read_choice(text: str, options: tuple[type, ...]) -> Any:
+    """One of several configuration types from its call, ``Anderson(memory=3)``; nothing is run.
+
+    Raises:
+        ConfigurationError: if the text is no such call, naming what would be.
+
+    Example:
+        >>> import implicit
+        >>> read_choice("Neumann(k=3)", (implicit.RAG, implicit.Neumann))
+        Neumann(k=3)
+    """
+    names = {option.__name__: option for option in options}
+    hint = f"use one of {', '.join(f'{name}(…)' for name in names)}, with arguments by name"
+    try:
+        call = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        call = None
+    if isinstance(call, ast.Name):
+        call = ast.Call(call, [], [])
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise ConfigurationError(f"{text!r} cannot be read: {hint}.")
+    if call.func.id not in names:
+        raise ConfigurationError(f"There is no {call.func.id!r} here: {hint}.")
+    try:
+        values = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except ValueError as error:
+        raise ConfigurationError(f"{text!r}: arguments must be plain values.") from error
+    return from_json(
+        names[call.func.id],
+        {**_defaults(names[call.func.id]), **values},
+        call.func.id,
+    )
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(kind)
+    given = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    made = {
+        f.name: f.default_factory()
+        for f in fields
+        if f.default_factory is not dataclasses.MISSING
+    }
+    return {name: to_json(value) for name, value in {**given, **made}.items()}

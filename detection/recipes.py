@@ -114,7 +114,7 @@ def _digits() -> Recipe:
                 feature_channels=64,
                 heads=4,
                 groups=4,
-                points=16,
+                points=8,
                 out_points=32,
                 ffn_channels=256,
                 num_classes=10,
@@ -127,7 +127,7 @@ def _digits() -> Recipe:
             num_queries=20,
         ),
         augmentation=AugmentationConfig(
-            short_sides=(128,), max_size=128, horizontal_flip=0.0, colour_jitter=0.0
+            short_sides=(128,), max_size=128, horizontal_flip=0.0
         ),
         optimization=OptimizationConfig(
             lr=1e-3,
@@ -135,11 +135,11 @@ def _digits() -> Recipe:
             decoder_weight_decay=0.01,
             schedule="one_cycle",
             warmup_steps=100,
-            epochs=6,
+            epochs=4,
             batch_size=16,
         ),
         average=0.998,
-        evaluate_every=3,
+        evaluate_every=2,
         workers=0,
     )
 

@@ -1,6 +1,6 @@
 """Data sets in COCO's format, their transforms and loaders, and the embedded digits data set."""
 
-from detection.data.coco import CocoDataset, check_images, load_coco_folder
+from detection.data.coco import CocoDataset, check_images, load_coco_folder, load_coco_split
 from detection.data.digits import compose_digits, digits_categories
 from detection.data.errors import DataError, DataWarning
 from detection.data.images import read_image
@@ -23,6 +23,7 @@ __all__ = [
     "digits_categories",
     "eval_transform",
     "load_coco_folder",
+    "load_coco_split",
     "make_loader",
     "read_image",
     "train_transform",

@@ -81,10 +81,10 @@ def read_annotations(path: Path) -> Annotations:
         raise DataError(
             f"{path}: the annotation list is empty; there is nothing to learn or to evaluate."
         )
-    owners, labels, corners, problems = [], [], [], []
     class_of = {category_id: i for i, category_id in enumerate(categories.ids)}
+    candidates, owners, labels, corners = [], [], [], []
     for record in _unique(records, "annotation", path):
-        number, where = record["id"], f"{path}: annotation {record['id']}"
+        where = f"{path}: annotation {record['id']}"
         image = _look_up(index, record.get("image_id"), f"{where}: there is no image with id")
         label = _look_up(
             class_of, record.get("category_id"), f"{where}: there is no category with id"
@@ -93,32 +93,34 @@ def read_annotations(path: Path) -> Annotations:
         record.setdefault("area", width * height)
         if record.setdefault("iscrowd", 0) not in (0, 1):
             raise DataError(f"{where}: iscrowd is {record['iscrowd']!r}; it must be 0 or 1.")
-        if record["iscrowd"]:
-            continue
-        rows, columns = sizes[image]
-        box = np.array((max(x, 0), max(y, 0), min(x + width, columns), min(y + height, rows)))
-        box = box.astype(np.float32)
-        if box[2] > box[0] and box[3] > box[1]:
+        if not record["iscrowd"]:
+            candidates.append(record)
             owners.append(image)
             labels.append(label)
-            corners.append(box)
-        else:
-            problems.append(
-                f"annotation {number} (image {record['image_id']}): the box {record['bbox']} has "
-                f"no area inside the image of {columns}x{rows} pixels; it is not trained on."
-            )
-    order = np.argsort(np.array(owners, dtype=np.int64), kind="stable")
-    counts = np.bincount(np.array(owners, dtype=np.int64), minlength=len(names))
+            corners.append((x, y, x + width, y + height))
+    owner = np.array(owners, dtype=np.int64)
+    limits = np.array(sizes, dtype=np.float64)[owner][:, [1, 0, 1, 0]]
+    boxes = np.clip(np.array(corners, dtype=np.float64).reshape(-1, 4), 0.0, limits)
+    boxes = boxes.astype(np.float32)
+    visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    problems = tuple(
+        f"annotation {candidates[i]['id']} (image {candidates[i]['image_id']}): the box "
+        f"{candidates[i]['bbox']} has no area inside the image of {sizes[owners[i]][1]}x"
+        f"{sizes[owners[i]][0]} pixels; it is not trained on."
+        for i in np.flatnonzero(~visible)
+    )
+    order = np.flatnonzero(visible)[np.argsort(owner[visible], kind="stable")]
+    counts = np.bincount(owner[visible], minlength=len(names))
     return Annotations(
         document=_ready_for_pycocotools(document),
         categories=categories,
         image_ids=list(index),
         names=names,
         sizes=sizes,
-        boxes=torch.from_numpy(np.array(corners, dtype=np.float32).reshape(-1, 4)[order]),
+        boxes=torch.from_numpy(boxes[order]),
         labels=torch.from_numpy(np.array(labels, dtype=np.int64)[order]),
         starts=torch.from_numpy(np.concatenate(([0], np.cumsum(counts)))),
-        problems=tuple(problems),
+        problems=problems,
     )
 
 

@@ -11,7 +11,7 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pycocotools.coco import COCO
 from torch import Tensor
@@ -173,22 +173,42 @@ def load_coco_folder(
 and val2017/ with the images, annotations/instances_train2017.json and \
 annotations/instances_val2017.json.
     """
+    train = load_coco_split(root, "train", train_transform, skip_empty=skip_empty)
+    if not train.number_of_targets:
+        raise DataError(f"{root}: no training annotation can be trained on.")
+    val = load_coco_split(root, "val", val_transform, categories=train.categories)
+    return train, val
+
+
+def load_coco_split(
+    root: Path,
+    split: Literal["train", "val"],
+    transform: Transform | None = None,
+    *,
+    categories: Categories | None = None,
+    skip_empty: bool = False,
+) -> CocoDataset:
+    """One of the two sets of a folder laid out as COCO; see `load_coco_folder`.
+
+    Args:
+        root: the folder.
+        split: which.
+        transform: applied to the images.
+        categories: the classes to expect.
+        skip_empty: leave images without boxes out.
+
+    Raises:
+        DataError: as `load_coco_folder`; what is missing of either set is named.
+    """
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder; {LAYOUT}.")
-    pairs, problems = {}, []
-    for split in ("train", "val"):
-        pair = _find_pair(root, split)
-        if isinstance(pair, str):
-            problems.append(pair)
-        else:
-            pairs[split] = pair
-    if problems:
+    pairs = {name: _find_pair(root, name) for name in (split, "train", "val")}
+    problems = [pair for pair in pairs.values() if isinstance(pair, str)]
+    pair = pairs[split]
+    if isinstance(pair, str):
         raise DataError(f"{root}: {'; '.join(problems)}; {LAYOUT}.")
-    train = CocoDataset(*pairs["train"], train_transform, skip_empty=skip_empty)
-    if not train.number_of_targets:
-        raise DataError(f"{pairs['train'][1]}: no annotation can be trained on.")
-    return train, CocoDataset(*pairs["val"], val_transform, categories=train.categories)
+    return CocoDataset(*pair, transform, categories=categories, skip_empty=skip_empty)
 
 
 def check_images(dataset: CocoDataset) -> None:
@@ -200,7 +220,11 @@ def check_images(dataset: CocoDataset) -> None:
         DataError: names the first three damaged files and says how many there are.
 
     Example:
-        >>> check_images(CocoDataset(Path("val2017"), Path("val.json")))  # doctest: +SKIP
+        >>> import tempfile
+        >>> from detection.data import compose_digits
+        >>> root = compose_digits(
+        ...     Path(tempfile.mkdtemp()) / "digits", train_images=2, val_images=1)
+        >>> check_images(load_coco_folder(root)[0])
     """
     damaged = []
     for index, image_id in enumerate(dataset.image_ids):

@@ -22,7 +22,7 @@ EDGE_LEVEL = 0.5
 """The stroke is where the ink, 0 to 1, exceeds this."""
 
 EDGE_SLOPE = 3.0
-"""Steepest change of coverage with ink: faint ink, a closing loop for one, stays visible."""
+"""Steepest change of coverage with ink: what is left of a loop stays visible."""
 
 HEIGHTS = (20.0, 64.0)
 """Shortest and tallest digit, in pixels, in an image of 128 pixels."""
@@ -96,6 +96,24 @@ def compose_image(
             return (canvas + 0.5).astype(np.uint8), np.stack(boxes), np.array(digits)
 
 
+def sharpen(exemplars: np.ndarray) -> np.ndarray:
+    """Open closing loops and strengthen faint strokes: ink + (ink - its Gaussian mean, σ = 1).
+
+    Args:
+        exemplars: ``(n, 8, 8)`` ink between 0 and 1.
+
+    Returns:
+        The same, clipped to 0 and 1.
+
+    Example:
+        >>> float(sharpen(np.full((1, 8, 8), 0.5))[0, 0, 0].round(2))
+        0.76
+    """
+    mean = ndimage.gaussian_filter(exemplars, sigma=(0.0, 1.0, 1.0), mode="constant")
+    sharpened: np.ndarray = np.clip(2 * exemplars - mean, 0.0, 1.0)
+    return sharpened
+
+
 def render_stroke(
     exemplar: np.ndarray,
     height: float,
@@ -121,7 +139,7 @@ def render_stroke(
         >>> bar[:, 3:5] = 1.0
         >>> alpha, box = render_stroke(bar, height=32.0)
         >>> np.round(box[2:] - box[:2])
-        array([ 9., 33.])
+        array([ 8., 32.])
     """
     scale = height / EXEMPLAR_SIZE
     sine, cosine = math.sin(angle), math.cos(angle)

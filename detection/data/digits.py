@@ -173,9 +173,11 @@ def _clear_abandoned(root: Path) -> None:
 
 
 def _fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files but the manifest."""
+    """SHA-256 over the names and contents of all files but the manifest and hidden ones."""
     total = hashlib.sha256()
-    for path in sorted(folder.glob("*/*")):
+    for path in sorted(folder.glob("*/[!.]*")):
+        if not path.is_file():
+            continue
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
     return total.hexdigest()
@@ -230,7 +232,7 @@ def _materials(split: str) -> Materials:
         from skimage import data as photographs
         from sklearn.datasets import load_digits, load_sample_image
 
-        from detection.data.compositing import Materials
+        from detection.data.compositing import Materials, sharpen
     except ImportError as error:
         raise ImportError(
             f"The digits data set needs scikit-learn, scikit-image and scipy ({error}); install "
@@ -246,15 +248,13 @@ def _materials(split: str) -> Materials:
     chosen = held_out if split == "val" else ~held_out
     pictures = []
     for name in VAL_PHOTOGRAPHS if split == "val" else TRAIN_PHOTOGRAPHS:
-        if name.endswith(".jpg"):
-            pixels = load_sample_image(name)
-        else:
-            pixels = getattr(photographs, name)()
+        is_file = name.endswith(".jpg")
+        pixels = load_sample_image(name) if is_file else getattr(photographs, name)()
         if isinstance(pixels, tuple):  # the left picture of a stereoscopic pair
             pixels = pixels[0]
         pictures.append(Image.fromarray(pixels).convert("RGB"))
     return Materials(
-        exemplars=levels[chosen].reshape(-1, 8, 8) / 16.0,
+        exemplars=sharpen(levels[chosen].reshape(-1, 8, 8) / 16.0),
         labels=labels[chosen],
         photographs=tuple(pictures),
     )

@@ -222,8 +222,15 @@ def make_loader(
         DataError: too few images for a training batch on every process.
 
     Example:
-        >>> loader = make_loader(dataset, 16, training=True, workers=2, seed=0)  # doctest: +SKIP
-        >>> loader.set_epoch(3)                                                  # doctest: +SKIP
+        >>> import pathlib, tempfile
+        >>> from detection.data import compose_digits, load_coco_folder
+        >>> root = compose_digits(
+        ...     pathlib.Path(tempfile.mkdtemp()) / "digits", train_images=5, val_images=1)
+        >>> train, _ = load_coco_folder(root)
+        >>> loader = make_loader(train, 2, training=True, workers=0, seed=0)
+        >>> loader.set_epoch(3)
+        >>> [batch.images.shape[0] for batch in loader]
+        [2, 2]
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),

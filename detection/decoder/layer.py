@@ -105,13 +105,17 @@ class RefinementLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(c)
         self.class_head = _head(c, config.num_classes)
         self.box_head = _head(c, 4)
-        for linear in (self.ffn[0], self.ffn[2], self.class_head[0], self.box_head[0]):
-            nn.init.xavier_uniform_(linear.weight)
-        # Every class begins at a probability of 0.01, every box stays where it is.
-        nn.init.xavier_uniform_(self.class_head[-1].weight)
-        nn.init.constant_(self.class_head[-1].bias, -math.log(99))
-        nn.init.zeros_(self.box_head[-1].weight)
-        nn.init.zeros_(self.box_head[-1].bias)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier weights; every class at a probability of 0.01; every box stays where it is."""
+        for part in (self.ffn, self.class_head, self.box_head):
+            for module in part:
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+        nn.init.constant_(self.class_head.get_parameter("3.bias"), -math.log(99))
+        nn.init.zeros_(self.box_head.get_parameter("3.weight"))
+        nn.init.zeros_(self.box_head.get_parameter("3.bias"))
 
     def forward(self, queries: Queries, features: Sequence[Tensor]) -> Queries:
         """Queries after one refinement against feature maps ``(B, C, H/s, W/s)``."""

@@ -7,7 +7,7 @@ generated from the content of the query, for each channel group.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 class AdaptiveMixing(nn.Module):

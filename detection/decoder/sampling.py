@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from detection.boxes import side_lengths
 
@@ -33,9 +33,7 @@ class Sampling3D(nn.Module):
         strides: of the pyramid's levels, in pixels.
     """
 
-    def __init__(
-        self, content_dim: int, groups: int, points: int, strides: Sequence[int]
-    ) -> None:
+    def __init__(self, content_dim: int, groups: int, points: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.groups, self.points, self.strides = groups, points, tuple(strides)
         self.offset = nn.Linear(content_dim, groups * points * 3)
@@ -51,9 +49,7 @@ class Sampling3D(nn.Module):
             position: ``(B, N, 4)``.
             features: maps ``(B, C, H/s, W/s)``, one per stride ``s``.
         """
-        return sample_pyramid(
-            self.place(content, position), features, self.strides, self.groups
-        )
+        return sample_pyramid(self.place(content, position), features, self.strides, self.groups)
 
     def place(self, content: Tensor, position: Tensor) -> Tensor:
         """Sampling points ``(B, N, G, P, 3)``: x, y in pixels, z in log2 pixels."""
@@ -90,8 +86,9 @@ def sample_pyramid(
     batch, queries, _, count, _ = points.shape
     by_group = points.transpose(1, 2).flatten(0, 1)
     scales = by_group.new_tensor([math.log2(s) for s in strides])
-    weights = (-(by_group[..., 2:] - scales).square() / TAU).softmax(dim=-1)
-    weights = weights.to(features[0].dtype)
+    # Levels come first: a softmax over the few of them then runs along whole rows of points.
+    distance = by_group[..., 2] - scales[:, None, None, None]
+    weights = (distance.square() * (-1 / TAU)).softmax(dim=0).to(features[0].dtype)
     total: Tensor | None = None
     for level, (stride, feature) in enumerate(zip(strides, features, strict=True)):
         height, width = feature.shape[-2:]
@@ -100,7 +97,7 @@ def sample_pyramid(
         sampled = F.grid_sample(
             feature.reshape(batch * groups, -1, height, width), grid, align_corners=False
         )
-        sampled = sampled * weights[:, None, ..., level]
+        sampled = sampled * weights[level, :, None]
         total = sampled if total is None else total + sampled
     assert total is not None
     return total.view(batch, groups, -1, queries, count).permute(0, 3, 1, 4, 2)

@@ -7,6 +7,7 @@ some hundred pixels on a CPU, trained from random weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -14,7 +15,7 @@ from urllib.error import URLError
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 class PretrainedUnavailable(RuntimeError):
@@ -116,7 +117,7 @@ class SmallBackbone(Backbone):
                 _Residual(before, after, stride=1 if i == 0 else 2),
                 _Residual(after, after, stride=1),
             )
-            for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for i, (before, after) in enumerate(pairwise(widths))
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:

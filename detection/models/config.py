@@ -12,9 +12,7 @@ import implicit
 from detection.decoder.layer import LayerConfig
 
 Solver = implicit.Naive | implicit.Anderson | implicit.Broyden
-Gradient = (
-    implicit.RAG | implicit.JFB | implicit.Neumann | implicit.Phantom | implicit.Implicit
-)
+Gradient = implicit.RAG | implicit.JFB | implicit.Neumann | implicit.Phantom | implicit.Implicit
 
 
 @dataclass(frozen=True)

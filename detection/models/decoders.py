@@ -97,8 +97,8 @@ class Decoder(nn.Module, ABC):
         return output
 
 
-class _UntrackedParts:
-    """Collects the parts of several losses."""
+class _Scores:
+    """Adds up the losses of several outputs."""
 
     def __init__(self, criterion: Criterion) -> None:
         self.criterion = criterion
@@ -141,7 +141,7 @@ class StackedDecoder(Decoder):
         criterion: Criterion,
         generator: torch.Generator | None = None,
     ) -> Supervised:
-        scores = _UntrackedParts(criterion)
+        scores = _Scores(criterion)
         for n, output in enumerate(self.trajectory(features, queries), start=1):
             scores.add(f"layer{n}", output)
         return scores.supervised()
@@ -170,7 +170,7 @@ class RecurrentDecoder(Decoder):
         criterion: Criterion,
         generator: torch.Generator | None = None,
     ) -> Supervised:
-        scores = _UntrackedParts(criterion)
+        scores = _Scores(criterion)
         for n, output in enumerate(self.trajectory(features, queries)):
             scores.add("init" if n == 0 else f"iter{n}", output)
         return scores.supervised()
@@ -241,7 +241,7 @@ class EquilibriumDecoder(Decoder):
         criterion: Criterion,
         generator: torch.Generator | None = None,
     ) -> Supervised:
-        scores = _UntrackedParts(criterion)
+        scores = _Scores(criterion)
         start = self.initial(queries, features)
         scores.add("init", _read(self.initial, start))
         chained = start
@@ -279,7 +279,8 @@ def build_decoder(layer: LayerConfig, config: DecoderConfig) -> Decoder:
     return EquilibriumDecoder(layer, config)
 
 
-def _read(layer: RefinementLayer, queries: Queries) -> Output:
+def _read(layer: nn.Module, queries: Queries) -> Output:
+    assert isinstance(layer, RefinementLayer)
     return Output(layer.classify(queries.content), queries.boxes)
 
 

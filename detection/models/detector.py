@@ -63,7 +63,9 @@ class Detector(nn.Module):
         )
         self.queries = LearnedQueries(config.num_queries, config.layer.content_dim)
         self.decoder = build_decoder(config.layer, config.decoder)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False
+        )
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor) -> Output:

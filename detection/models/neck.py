@@ -37,19 +37,21 @@ class ChannelMapper(nn.Module):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList(
+        convolutions = [
             nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2)
             for channels in in_channels
-        )
+        ]
+        for convolution in convolutions:
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.constant_(convolution.bias, 0.0)  # type: ignore[arg-type]
+        self.convolutions = nn.ModuleList(convolutions)
         self.activation = nn.ReLU(inplace=True) if activation else nn.Identity()
         self.norm = nn.GroupNorm(norm_groups, out_channels)
-        for convolution in self.convolutions:
-            nn.init.xavier_uniform_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``(B, out_channels, H_l, W_l)``."""
         return [
-            self.norm(self.activation(convolution(feature)))
+            # Contiguous, since the decoder splits the channels of every map at each refinement.
+            self.norm(self.activation(convolution(feature))).contiguous()
             for convolution, feature in zip(self.convolutions, features, strict=True)
         ]

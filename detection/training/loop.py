@@ -18,17 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.configuration import from_json, to_json
-from detection.data.coco import CocoDataset
-from detection.data.loading import BatchLoader, make_loader
-from detection.data.types import Batch, Categories
-from detection.evaluation import CocoScores
-from detection.models.decoders import Supervised
-from detection.models.detector import Detector
-from detection.prediction import evaluate
-from detection.recipes import Recipe
-from detection.training.checkpoints import (
-    CheckpointError,
+from detection.checkpoints import (
     CheckpointFolder,
     load_training_state,
     load_weights,
@@ -36,7 +26,16 @@ from detection.training.checkpoints import (
     restore,
     set_random_states,
 )
-from detection.training.distributed import Distributed
+from detection.configuration import to_json
+from detection.data.coco import CocoDataset
+from detection.data.loading import BatchLoader, make_loader
+from detection.data.types import Batch, Categories
+from detection.distributed import Distributed
+from detection.evaluation import CocoScores
+from detection.models.decoders import Supervised
+from detection.models.detector import Detector
+from detection.prediction import evaluate
+from detection.recipes import Recipe
 from detection.training.losses import Criterion, matched_queries
 from detection.training.optimization import (
     ExponentialAverage,
@@ -300,24 +299,6 @@ class _NoLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Nothing."""
-
-
-def load_detector(path: Path | str) -> tuple[Detector, Recipe, Categories]:
-    """The detector of a checkpoint, on the CPU, with its recipe and its classes.
-
-    Raises:
-        CheckpointError: if the file is not a checkpoint of this library, or does not fit it.
-    """
-    weights, metadata = load_weights(path)
-    try:
-        recipe = from_json(Recipe, metadata["config"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its configuration does not fit: {error}") from error
-    categories = Categories(tuple(metadata["class_names"]), tuple(metadata["category_ids"]))
-    # The weights are at hand: those of ImageNet need not be fetched.
-    model = Detector(recipe.without_pretraining().model)
-    restore(model, weights)
-    return model.eval(), recipe, categories
 
 
 def _check(recipe: Recipe, categories: Categories, distributed: Distributed) -> None:

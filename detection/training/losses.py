@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from detection.boxes import generalized_iou
-from detection.training.distributed import Distributed
+from detection.distributed import Distributed
 from detection.training.matching import (
     Matcher,
     MatchingCost,

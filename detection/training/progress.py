@@ -105,7 +105,7 @@ class Progress:
         self._updated = self.clock()
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _summary(self) -> str:
         parts = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.metrics.items()]

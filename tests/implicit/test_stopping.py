@@ -1,0 +1,389 @@
+"""When a solve ends: the test of each sample, its counts, its status, and what the host waits for.
+
+Counts and values are compared with loops written out here, one sample at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import implicit
+from implicit import Status
+from implicit.stopping import Norm, batch_norm_of
+
+SOLVERS = [implicit.Naive(), implicit.Naive(0.6), implicit.Anderson(), implicit.Broyden()]
+
+
+class Counted:
+    """A map that counts its evaluations."""
+
+    def __init__(self, f: Any) -> None:
+        self.f, self.calls = f, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.f(*args)
+
+
+def by_hand(x: list[float], norm: Norm) -> float:
+    if not x:
+        return 0.0
+    if norm == "max":
+        return max(abs(v) for v in x)
+    length = math.sqrt(sum(v * v for v in x))
+    return length if norm == "l2" else length / math.sqrt(len(x))
+
+
+# -- norms ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3), min_size=1, max_size=4),
+    st.sampled_from(["l2", "rms", "max"]),
+)
+def test_norms(rows: list[list[float]], norm: Norm) -> None:
+    found = batch_norm_of(torch.tensor(rows, dtype=torch.float64), norm)
+    for row, value in zip(rows, found.tolist(), strict=True):
+        assert value == pytest.approx(by_hand(row, norm), rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["l2", "rms", "max"])
+def test_norm_of_nothing_is_zero(norm: Norm) -> None:
+    assert batch_norm_of(torch.zeros(3, 0), norm).tolist() == [0, 0, 0]
+
+
+# -- Tolerance -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-0.95, 0.95), min_size=1, max_size=4),
+    st.floats(0.2, 1.0),
+    st.floats(1e-6, 1e-1),
+    st.floats(0, 1e-1),
+    st.integers(1, 30),
+    st.sampled_from(["l2", "rms", "max"]),
+)
+def test_naive_solve_is_the_loop_over_each_sample(
+    rates: list[float], damping: float, rtol: float, atol: float, max_steps: int, norm: Norm
+) -> None:
+    """Value, counts, status and residuals against a scalar loop with the documented test."""
+    a = torch.tensor(rates, dtype=torch.float64)[:, None]
+    b = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    solution = implicit.fixed_point(
+        lambda y: a * y + b,
+        torch.zeros(len(rates), 3, dtype=torch.float64),
+        solver=implicit.Naive(damping),
+        stop=implicit.Tolerance(rtol=rtol, atol=atol, max_steps=max_steps, norm=norm),
+    )
+    for i, rate in enumerate(rates):
+        y, steps = [0.0, 0.0, 0.0], 0
+        while True:
+            fy = [rate * v + c for v, c in zip(y, b.tolist(), strict=True)]
+            r = [p - q for p, q in zip(fy, y, strict=True)]
+            residual, size = by_hand(r, norm), by_hand(fy, norm)
+            within = residual <= atol + rtol * size
+            if within or steps == max_steps:
+                break
+            y = [v + damping * w for v, w in zip(y, r, strict=True)]
+            steps += 1
+        if abs(residual - atol - rtol * size) < 1e-12:
+            continue  # a tie that rounding decides
+        assert int(solution.steps[i]) == steps
+        assert int(solution.evaluations[i]) == steps + 1
+        assert bool(solution.converged[i]) == within
+        assert solution.value[i].tolist() == pytest.approx(y, rel=1e-9, abs=1e-9)
+        assert float(solution.residual[i]) == pytest.approx(residual, rel=1e-6, abs=1e-12)
+        assert float(solution.relative_residual[i]) == pytest.approx(
+            residual / size, rel=1e-6, abs=1e-12
+        )
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("norm", ["l2", "rms", "max"])
+def test_reported_residual_is_that_of_the_value(solver: implicit.Solver, norm: Norm) -> None:
+    """Of ``f(y) − y`` at the value returned, whatever the solver or its damping made of it."""
+    torch.manual_seed(1)
+    a = 0.6 * torch.randn(5, 5, dtype=torch.float64) / 5**0.5
+    b = torch.randn(4, 5, dtype=torch.float64)
+    stop = implicit.Tolerance(rtol=1e-3, atol=1e-5, norm=norm)
+
+    def f(y: Tensor) -> Tensor:
+        return torch.tanh(y @ a + b)
+
+    solution = implicit.fixed_point(f, torch.zeros_like(b), solver=solver, stop=stop)
+    image = f(solution.value)
+    residual = batch_norm_of(image - solution.value, norm)
+    size = batch_norm_of(image, norm)
+    torch.testing.assert_close(solution.residual, residual)
+    torch.testing.assert_close(solution.relative_residual, residual / size)
+    assert solution.converged.all()
+    assert (residual <= stop.atol + stop.rtol * size).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("max_steps", [1, 2, 5])
+def test_evaluations_are_counted_exactly_when_steps_run_out(
+    solver: implicit.Solver, max_steps: int
+) -> None:
+    f = Counted(lambda y: torch.cos(3 * y) + 2)
+    with torch.no_grad():
+        solution = implicit.fixed_point(
+            f,
+            torch.zeros(3, 2, dtype=torch.float64),
+            solver=solver,
+            stop=implicit.Tolerance(rtol=1e-14, atol=0.0, max_steps=max_steps),
+        )
+    assert f.calls == max_steps + 1
+    assert solution.evaluations.tolist() == [max_steps + 1] * 3
+    assert solution.steps.tolist() == [max_steps] * 3
+    assert not solution.converged.any()
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_starting_at_the_solution_costs_one_evaluation(solver: implicit.Solver) -> None:
+    f = Counted(lambda y: 0.5 * y + 1)
+    y0 = torch.full((2, 3), 2.0)
+    with torch.no_grad():
+        solution = implicit.fixed_point(f, y0, solver=solver)
+    assert f.calls == 1
+    assert solution.evaluations.tolist() == [1, 1]
+    assert solution.steps.tolist() == [0, 0]
+    assert solution.residual.tolist() == [0, 0]
+    assert solution.relative_residual.tolist() == [0, 0]
+    assert torch.equal(solution.value, y0)
+
+
+def test_zero_is_a_solution_that_relative_tolerance_finds() -> None:
+    """At ``f(0) = 0`` residual and size vanish both; the relative residual is 0, not NaN."""
+    solution = implicit.fixed_point(
+        lambda y: 0.5 * y, torch.zeros(1, 2), stop=implicit.Tolerance(rtol=1e-3, atol=0.0)
+    )
+    assert solution.converged.all()
+    assert solution.relative_residual.tolist() == [0]
+
+
+def test_absolute_tolerance_alone() -> None:
+    """``|f(y) − y| = 2⁻ⁿ⁻¹`` on ``y = 2⁻ⁿ``: within 1e-3 first at ``n = 9``."""
+    solution = implicit.fixed_point(
+        lambda y: 0.5 * y,
+        torch.ones(1, 1, dtype=torch.float64),
+        solver=implicit.Naive(),
+        stop=implicit.Tolerance(rtol=0.0, atol=1e-3),
+    )
+    assert solution.steps.tolist() == [9]
+    assert solution.residual.tolist() == [2.0**-10]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("every", [2, 3, 7])
+def test_looking_less_often_changes_only_the_calls(solver: implicit.Solver, every: int) -> None:
+    torch.manual_seed(2)
+    a = torch.tensor([[0.1], [0.5], [0.8]], dtype=torch.float64)
+    b = torch.randn(3, 4, dtype=torch.float64)
+    runs = []
+    for check_every in (1, every):
+        f = Counted(lambda y: torch.tanh(a * y + b))
+        with torch.no_grad():
+            solution = implicit.fixed_point(
+                f,
+                torch.zeros_like(b),
+                solver=solver,
+                stop=implicit.Tolerance(rtol=1e-6, check_every=check_every),
+            )
+        runs.append((f.calls, solution))
+    (calls, often), (more_calls, rarely) = runs
+    assert often.converged.all()
+    assert calls == int(often.evaluations.max())
+    assert calls <= more_calls <= calls + every - 1
+    assert torch.equal(often.value, rarely.value)
+    for field in ("status", "steps", "evaluations", "residual", "relative_residual"):
+        assert torch.equal(getattr(often, field), getattr(rarely, field)), field
+
+
+# -- Steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_steps_are_exactly_n_evaluations(solver: implicit.Solver, n: int) -> None:
+    f = Counted(torch.cos)
+    with torch.no_grad():
+        solution = implicit.fixed_point(f, torch.ones(2, 3), solver=solver, stop=implicit.Steps(n))
+    assert f.calls == n
+    assert solution.steps.tolist() == [n, n]
+    assert solution.evaluations.tolist() == [n, n]
+    assert solution.status.tolist() == [Status.STOPPED] * 2
+
+
+def test_steps_of_the_plain_iteration_are_powers_of_f() -> None:
+    y0 = torch.tensor([[0.3], [2.0]], dtype=torch.float64)
+    solution = implicit.fixed_point(
+        torch.cos, y0, solver=implicit.Naive(), stop=implicit.Steps(4)
+    )
+    third = y0.cos().cos().cos()
+    assert torch.equal(solution.value, third.cos())
+    # The residual is that of the last iterate which was evaluated, one step before the value.
+    torch.testing.assert_close(solution.residual, (third.cos() - third).abs()[:, 0])
+
+
+def test_steps_test_nothing_even_at_the_solution() -> None:
+    f = Counted(lambda y: 0.5 * y + 1)
+    with torch.no_grad():
+        solution = implicit.fixed_point(f, torch.full((1, 1), 2.0), stop=implicit.Steps(3))
+    assert f.calls == 3
+    assert solution.status.tolist() == [Status.STOPPED]
+    assert not solution.converged.any()
+
+
+# -- status --------------------------------------------------------------------------------------
+
+
+def test_status_of_each_sample() -> None:
+    """One contraction, one too slow, one growing, one that is NaN from the start."""
+    rate = torch.tensor([[0.1], [0.999], [2.0], [torch.nan]], dtype=torch.float64)
+    solution = implicit.fixed_point(
+        lambda y: rate * y + 1,
+        torch.zeros(4, 2, dtype=torch.float64),
+        solver=implicit.Naive(),
+        stop=implicit.Tolerance(rtol=1e-3, max_steps=10),
+    )
+    assert solution.status.tolist() == [
+        Status.CONVERGED,
+        Status.STOPPED,
+        Status.DIVERGED,
+        Status.DIVERGED,
+    ]
+    assert solution.converged.tolist() == [True, False, False, False]
+    assert solution.steps.tolist()[1:] == [10, 10, 0]
+    assert solution.evaluations.tolist()[1:] == [11, 11, 1]
+
+
+@pytest.mark.parametrize(("steps", "status"), [(4, Status.STOPPED), (5, Status.DIVERGED)])
+def test_diverged_means_more_than_ten_times_the_first_residual(
+    steps: int, status: Status
+) -> None:
+    """With ``f(y) = 2y + 1`` the residual doubles: 8 times after 3 steps, 16 after 4."""
+    solution = implicit.fixed_point(
+        lambda y: 2 * y + 1, torch.zeros(1, 1), solver=implicit.Naive(), stop=implicit.Steps(steps)
+    )
+    assert solution.status.tolist() == [status]
+
+
+def test_overflow_in_the_very_last_step_is_seen() -> None:
+    """``f`` is finite at the last state evaluated only in its residual, not in its value."""
+    big = torch.tensor([[2e38], [1.0]])
+    solution = implicit.fixed_point(
+        lambda y: torch.where(y > 1e38, torch.full_like(y, torch.inf), y),
+        big,
+        solver=implicit.Naive(),
+        stop=implicit.Steps(1),
+    )
+    assert solution.status.tolist() == [Status.DIVERGED, Status.STOPPED]
+
+
+# -- what the host waits for ---------------------------------------------------------------------
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts reads of a tensor's numbers by the host, and operations of data-dependent shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_steps_never_wait_for_the_device(solver: implicit.Solver) -> None:
+    parameter = torch.tensor([0.5], requires_grad=True)
+    with Synchronisations() as counter:
+        implicit.fixed_point(
+            lambda y: torch.cos(parameter * y),
+            torch.ones(2, 3),
+            solver=solver,
+            stop=implicit.Steps(9),
+            gradient=implicit.RAG(2),
+            path=(1, 9),
+            trace=True,
+        )
+    assert counter.count == 0
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("every", [1, 4])
+def test_tolerance_waits_once_per_look(solver: implicit.Solver, every: int) -> None:
+    f = Counted(torch.cos)
+    with torch.no_grad(), Synchronisations() as counter:
+        implicit.fixed_point(
+            f,
+            torch.ones(2, 3, dtype=torch.float64),
+            solver=solver,
+            stop=implicit.Tolerance(rtol=1e-8, check_every=every, max_steps=40),
+        )
+    assert f.calls > 4
+    assert 0 < counter.count <= 1 + (f.calls - 1) // every
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rtol": -1e-3}, r"Tolerance\(rtol=-0\.001\).*finite and not negative"),
+        ({"atol": -1.0}, r"Tolerance\(atol=-1\.0\).*finite and not negative"),
+        ({"rtol": math.nan}, r"Tolerance\(rtol=nan\).*finite and not negative"),
+        ({"atol": math.inf}, r"Tolerance\(atol=inf\).*finite and not negative"),
+        ({"rtol": 0.0, "atol": 0.0}, r"rtol=0, atol=0.*never be met.*Steps\(n\)"),
+        ({"max_steps": 0}, r"Tolerance\(max_steps=0\).*at least one step"),
+        ({"check_every": 0}, r"Tolerance\(check_every=0\).*at least 1"),
+        ({"norm": "l1"}, r"Tolerance\(norm='l1'\).*'l2', 'rms' or 'max'"),
+    ],
+)
+def test_bad_tolerance(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        implicit.Tolerance(**options)
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_bad_steps(n: int) -> None:
+    with pytest.raises(ValueError, match=rf"Steps\({n}\).*at least one step"):
+        implicit.Steps(n)
+
+
+@pytest.mark.parametrize("make", [lambda: implicit.Steps(2.5), lambda: implicit.Steps("3")])
+def test_steps_must_be_an_integer(make: Any) -> None:
+    """A fraction of a step is refused where it is written, not deep inside the loop."""
+    with pytest.raises((TypeError, ValueError), match=r"Steps\(.*(integer|step)"):
+        make()
+
+
+@pytest.mark.parametrize("name", ["max_steps", "check_every"])
+def test_tolerance_counts_must_be_integers(name: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=name):
+        implicit.Tolerance(**{name: 2.5})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(implicit.Tolerance, "tol"), (implicit.Tolerance, "max_iter"), (implicit.Steps, "steps")],
+)
+def test_unknown_options_are_refused(kind: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        kind(**{name: 1})
