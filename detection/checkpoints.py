@@ -10,10 +10,9 @@ renamed, so that a crash or a full disk never damages a file that was there.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from detection.files import replacing
 
 FORMAT_VERSION = 1
 REQUIRED_METADATA = ("config", "class_names", "category_ids", "step", "metrics")
@@ -222,22 +223,15 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that takes its place when everything went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """`detection.files.replacing`, with an error that names the remedy."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            yield temporary
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} could not be written ({error}); what was there before is untouched. "
             "Make room on the disk, or choose a folder you may write to."
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _existing(path: Path | str) -> Path:

@@ -155,8 +155,6 @@ def _defaults(kind: Any) -> dict[str, Any]:
     fields = dataclasses.fields(kind)
     given = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
     made = {
-        f.name: f.default_factory()
-        for f in fields
-        if f.default_factory is not dataclasses.MISSING
+        f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING
     }
     return {name: to_json(value) for name, value in {**given, **made}.items()}

@@ -50,6 +50,7 @@ def plot_training(
         True
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows = [record for record in log if "loss" in record]
     if not rows:
@@ -59,8 +60,8 @@ def plot_training(
             f"plot_training: residuals are {tuple(residuals.shape)}; (steps, images) is needed."
         )
     panels = 2 if residuals is None else 3
-    figure = Figure(figsize=(4.7 * panels, 3.8), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr, call-arg]
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(4.7 * panels, 3.8), dpi=150, layout=layout)
     axes = figure.subplots(1, panels)
     steps = np.array([record["step"] for record in rows], dtype=float)
     for axis, name, title, colour in (
@@ -90,7 +91,7 @@ def smoothed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         >>> smoothed(np.full(100, 3.0)).round(6).tolist() == [3.0] * 100
         True
     """
-    width = max(len(values) / 60, 0.5)
+    width = max(len(values) / 60, 1.0)
     reach = min(math.ceil(3 * width), (len(values) - 1) // 2)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
     logarithms = np.log(np.maximum(values, np.finfo(float).tiny))
@@ -145,11 +146,12 @@ def _style(axis: Axes, title: str, across: str, values: np.ndarray[Any, Any]) ->
     axis.set_yscale("log")
     known = values[np.isfinite(values) & (values > 0)]
     decades = math.log10(known.max() / known.min()) if known.size else 0.0
-    between = range(1, 10) if decades < 0.7 else (1, 2, 5) if decades < 2.5 else (1,)
-    axis.yaxis.set_major_locator(LogLocator(subs=tuple(map(float, between))))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if decades < 2.5:
+        few = MaxNLocator(5) if decades < 0.7 else LogLocator(subs=(1.0, 2.0, 5.0))
+        axis.yaxis.set_major_locator(few)
+        axis.yaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(_GRID)
     axis.tick_params(which="both", length=0, labelsize=9, labelcolor=_GREY)

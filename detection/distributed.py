@@ -16,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class DeviceError(RuntimeError):
+    """A device that is not there, or processes that were not started as they should be."""
+
+
 @dataclass(frozen=True)
 class Distributed:
     """One process among its peers; a context manager that leaves the group at its end.
@@ -88,7 +92,7 @@ def init_from_environment(device: str | None = None) -> Distributed:
             CPU by gloo.
 
     Raises:
-        RuntimeError: if CUDA is asked for and absent, if there are more processes than GPUs, or
+        DeviceError: if CUDA is asked for and absent, if there are more processes than GPUs, or
             if the environment is only half set.
 
     Example:
@@ -97,7 +101,7 @@ def init_from_environment(device: str | None = None) -> Distributed:
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
+        raise DeviceError(
             f"The device {device!r} was asked for, but PyTorch finds no CUDA. "
             "Use the device 'cpu', or install a CUDA build of PyTorch and its driver."
         )
@@ -110,7 +114,7 @@ def init_from_environment(device: str | None = None) -> Distributed:
     rank, local_rank = _integer("RANK"), _integer("LOCAL_RANK")
     if kind.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
+            raise DeviceError(
                 f"Process {local_rank} on this machine has no GPU: there are "
                 f"{torch.cuda.device_count()}. Start torchrun with --nproc_per_node at most that."
             )
@@ -129,7 +133,7 @@ def _integer(name: str, default: int | None = None) -> int:
     try:
         return int(value or "")
     except ValueError:
-        raise RuntimeError(
+        raise DeviceError(
             f"The environment variable {name} is {value!r}, where the number that torchrun sets "
             "was expected. Start several processes with torchrun, or unset WORLD_SIZE to run one."
         ) from None

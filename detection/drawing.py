@@ -92,6 +92,9 @@ class Canvas:
         picture: RGB, drawn upon as it is.
         scale: pixels of the picture per pixel of the boxes.
 
+    Attributes:
+        tags: where labels stand already, ``(left, top, right, bottom)`` in the picture.
+
     Example:
         >>> canvas = Canvas(Image.new("RGB", (64, 64)), scale=2.0)
         >>> canvas.outline(torch.tensor([4.0, 4.0, 28.0, 28.0]), WHITE)
@@ -105,7 +108,7 @@ class Canvas:
         self.font = font(min(max(round(max(picture.size) / 36), 11), 28))
         self._draw = ImageDraw.Draw(picture, "RGBA")  # colours with opacity are blended
         self._boxes: list[Rectangle] = []
-        self._tags: list[Rectangle] = []
+        self.tags: list[Rectangle] = []
 
     def outline(self, box: Tensor, colour: Colour, opacity: float = 1.0) -> None:
         """A solid box between two hairlines of shadow; fainter and thinner with the opacity."""
@@ -153,7 +156,7 @@ class Canvas:
         name = fitted(name, self.font, self.picture.width - note_width - 2 * pad)
         name_width = self.font.getlength(name) + 2 * pad
         spot = self._spot(place, name_width + note_width, ascent + descent + pad // 2)
-        self._tags.append(spot)
+        self.tags.append(spot)
         left, top, right, bottom = map(round, spot)
         split, y = round(left + name_width), top + pad // 4
         self._draw.rounded_rectangle((left, top, right - 1, bottom - 1), pad, fill=(*INK, 225))
@@ -170,16 +173,19 @@ class Canvas:
             *((x1, y1 - height), (right, y1 - height), (x1, y2 + 1), (right, y2 + 1)),
             *((x2 + 1, y1), (x1 - width, y1), (x2 + 1, below), (x1 - width, below)),
             *((x1, y1), (right, y1), (x1, below), (right, below)),
+            *((x, y2 + 1 + row * height) for row in (1, 2, 3) for x in (x1, right)),
+            *((x, y1 - (1 + row) * height) for row in (1, 2, 3) for x in (x1, right)),
         )
         options = []
         for rank, (x, y) in enumerate(wishes):
             left = min(max(x, 0.0), max(self.picture.width - width, 0.0))
             top = min(max(y, 0.0), max(self.picture.height - height, 0.0))
             spot = (left, top, left + width, top + height)
-            tags = sum(_overlap(spot, other) for other in self._tags)
-            boxes = sum(_overlap(spot, other) for other in self._boxes)
+            # As a share of the other label: a long one may hide a short one altogether.
+            tags = sum(_overlap(spot, other) / _overlap(other, other) for other in self.tags)
+            boxes = sum(_overlap(spot, other) for other in self._boxes) / (width * height)
             moved = abs(left - x) + abs(top - y)
-            cost = (6 * tags + boxes) / (width * height) + moved / height + rank / 20
+            cost = 6 * tags + boxes + moved / height + rank / 20
             options.append((cost, spot))
         return min(options)[1]
 

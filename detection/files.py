@@ -12,8 +12,9 @@ from pathlib import Path
 def replacing(path: Path | str) -> Iterator[Path]:
     """A temporary name beside ``path``, with the same ending; it takes the place of ``path``.
 
-    It does so when the block ends well.  When it does not, what was there before stays, and the
-    temporary file goes.  Folders above ``path`` are made.
+    It does so when the block ends well, after the contents have reached the disk.  When it does
+    not, what was there before stays, and the temporary file goes.  Folders above ``path`` are
+    made.
 
     Example:
         >>> import tempfile
@@ -28,6 +29,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with suppress(FileNotFoundError):

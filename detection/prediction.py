@@ -85,7 +85,13 @@ def evaluate(
         for result in detections.to_coco(target.image_id, dataset.categories)
     ]
     results = [result for part in distributed.gather_objects(mine) for result in part]
-    return evaluate_coco(dataset.coco, results, dataset.categories, dataset.image_ids)
+    return evaluate_coco(
+        dataset.coco,
+        results,
+        dataset.categories,
+        dataset.image_ids,
+        max_detections=max(100, max_detections),
+    )
 
 
 def predict(

@@ -126,9 +126,7 @@ def _digits() -> Recipe:
             ),
             num_queries=20,
         ),
-        augmentation=AugmentationConfig(
-            short_sides=(128,), max_size=128, horizontal_flip=0.0
-        ),
+        augmentation=AugmentationConfig(short_sides=(128,), max_size=128, horizontal_flip=0.0),
         optimization=OptimizationConfig(
             lr=1e-3,
             decoder_lr_multiplier=1.0,

@@ -192,7 +192,7 @@ def refinement_film(
         canvas = Canvas(background.copy(), scale)
         order = scores.argsort().tolist()
         for query in order:
-            opacity = min(1.0, 0.15 + 1.2 * float(scores[query]))
+            opacity = min(1.0, 0.25 + float(scores[query]))
             canvas.outline(boxes[query], class_colour(int(labels[query])), opacity)
         for query in (query for query in reversed(order) if scores[query] >= 0.3):
             label = int(labels[query])
@@ -219,7 +219,7 @@ def _captioned(picture: Image.Image, step: int, last: int) -> Image.Image:
     if step:
         end = round(picture.width * step / last)
         draw.rectangle((0, top, end - 1, top + bar - 1), fill=PALETTE[1])
-    text = f"refinement {step} of {last}" if step else "initialisation"
+    text = f"refinement {step} / {last}" if step else "initialisation"
     draw.text((letters.size * 0.7, top + bar + height / 2), text, PAPER, letters, anchor="lm")
     return whole
 

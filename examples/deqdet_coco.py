@@ -31,7 +31,6 @@ from rich.console import Console
 from detection.checkpoints import CheckpointError
 from detection.configuration import read_choice
 from detection.data import (
-    CocoDataset,
     DataError,
     check_images,
     compose_digits,
@@ -41,7 +40,7 @@ from detection.data import (
     read_image,
     train_transform,
 )
-from detection.distributed import Distributed, init_from_environment
+from detection.distributed import DeviceError, Distributed, init_from_environment
 from detection.models.backbones import PretrainedUnavailable
 from detection.models.config import Gradient, Solver
 from detection.prediction import evaluate, load_detector, predict
@@ -54,6 +53,7 @@ from detection.visualization import draw_detections, save_image
 PROBLEMS = (
     CheckpointError,
     DataError,
+    DeviceError,
     NonFiniteCost,
     PretrainedUnavailable,
     TrainingError,
@@ -137,7 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 run_training(options, distributed, console)
     except PROBLEMS as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted; --resume with the same --run goes on.")
@@ -170,7 +172,8 @@ def run_training(options: Options, distributed: Distributed, console: Console) -
     )
     if distributed.is_main:
         console.print(trained.scores.table())
-        pictures = draw_run(trained, val_set, options.threshold)
+        console.print(trained.scores.class_table())
+        pictures = draw_run(trained.model, val_set, folder, options.threshold)
         minutes = (time.monotonic() - started) / 60
         console.print(f"{minutes:.1f} minutes in all. Written to {folder}:")
         for path in (folder / "log.jsonl", folder / "config.json", folder / "checkpoints"):
@@ -197,6 +200,7 @@ def run_evaluation(options: Options, distributed: Distributed, console: Console)
     )
     if distributed.is_main:
         console.print(scores.table())
+        console.print(scores.class_table())
 
 
 def run_prediction(options: Options, distributed: Distributed, console: Console) -> None:
@@ -204,9 +208,7 @@ def run_prediction(options: Options, distributed: Distributed, console: Console)
     if options.checkpoint is None:
         raise ValueError("--predict needs --checkpoint: the .safetensors file of a run.")
     model, settings, categories = load_detector(options.checkpoint)
-    found = predict(
-        model.to(distributed.device), options.predict, settings.augmentation
-    )
+    found = predict(model.to(distributed.device), options.predict, settings.augmentation)
     folder = options.run or new_run("predictions", distributed)
     records = []
     for number, (path, detections) in enumerate(zip(options.predict, found, strict=True)):
@@ -261,7 +263,7 @@ def parse(arguments: list[str]) -> Options:
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:
-    """Solvers and gradients on the command line: ``--model.decoder.solver "Anderson(memory=3)"``."""
+    """Solvers and gradients as options: ``--model.decoder.solver "Anderson(memory=3)"``."""
     rules = tyro.constructors.ConstructorRegistry()
 
     @rules.primitive_rule

@@ -104,21 +104,27 @@ def train(
     """
     distributed = distributed or Distributed()
     run = _Run(recipe, train_set, folder, distributed, resume)
+    scores = None
     with (
         JsonLines(folder / "log.jsonl", run.step) if distributed.is_main else _NoLog() as log,
         Progress(
             run.total_steps, done_steps=run.step, quiet=not distributed.is_main, console=console
         ) as progress,
     ):
-        scores = None
         for epoch in range(run.epoch, recipe.optimization.epochs):
             run.train_epoch(epoch, log, progress)
+            scores = None
             last = epoch + 1 == recipe.optimization.epochs
+            run.save(epoch + 1)  # before the evaluation, which may fail
             if last or (epoch + 1) % recipe.evaluate_every == 0:
                 scores = run.evaluate(val_set)
                 log.write({"step": run.step, "epoch": epoch + 1, "scores": to_json(scores)})
-                progress.note(f"epoch {epoch + 1}: AP {scores.AP:.4f}  AP50 {scores.AP50:.4f}")
-            run.save(epoch + 1, scores)
+                run.save(epoch + 1, scores)
+            # Last, since the clock of the steps starts anew after a note.
+            progress.note(
+                f"epoch {epoch + 1} of {recipe.optimization.epochs}"
+                + (f": AP {scores.AP:.4f}, AP50 {scores.AP50:.4f}" if scores else "")
+            )
     if scores is None:
         scores = run.evaluate(val_set)
     return Trained(run.best_weights, scores, folder)
@@ -236,7 +242,7 @@ class _Run:
             distributed=self.distributed,
         )
 
-    def save(self, epoch: int, scores: CocoScores | None) -> None:
+    def save(self, epoch: int, scores: CocoScores | None = None) -> None:
         """Write a checkpoint from which the run can go on, on the main process."""
         random = self.distributed.gather_objects(
             {"global": random_states(), "noise": self.generator.get_state()}

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from detection import checkpoints
 from detection.checkpoints import (
     CheckpointError,
     CheckpointFolder,
@@ -25,7 +26,6 @@ from detection.checkpoints import (
     set_random_states,
     training_path,
 )
-from detection.training import checkpoints
 
 
 def metadata(step: int = 5) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_a_crash_before_the_rename_leaves_the_previous_file_intact(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, weights={"w": torch.zeros(2)}, metadata=metadata())
     assert load_weights(path)[0]["w"].tolist() == [1, 1]

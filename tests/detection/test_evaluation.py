@@ -1,6 +1,5 @@
 """COCO metrics: exact where they can be worked out by hand, pycocotools' own elsewhere."""
 
-# ruff: noqa: SIM300  (AP and AR100 are names of metrics, not constants.)
 from __future__ import annotations
 
 import contextlib

@@ -80,7 +80,7 @@ def test_packing_loses_nothing(state: dict[str, Tensor]) -> None:
 @given(states())
 def test_norm_of_a_sample_is_the_norm_over_its_leaves(state: dict[str, Tensor]) -> None:
     flat = Layout(state).pack(state)
-    squares = sum(leaf.double().flatten(1).square().sum(1) for leaf in state.values())
+    squares = sum(leaf.double().reshape(len(leaf), -1).square().sum(1) for leaf in state.values())
     assert isinstance(squares, Tensor)
     torch.testing.assert_close(flat.double().square().sum(1), squares)
 
@@ -108,9 +108,7 @@ def test_packing_is_differentiable() -> None:
     b = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
     layout = Layout((a, b))
     assert torch.autograd.gradcheck(lambda *state: layout.pack(state), (a, b))
-    assert torch.autograd.gradcheck(
-        lambda *state: layout.unpack(layout.pack(state).sin()), (a, b)
-    )
+    assert torch.autograd.gradcheck(lambda *state: layout.unpack(layout.pack(state).sin()), (a, b))
 
 
 # -- every structure through a solve ------------------------------------------------------------
@@ -145,9 +143,7 @@ def test_f_sees_each_leaf_in_its_own_shape_and_dtype() -> None:
         seen.append([(leaf.shape, leaf.dtype) for leaf in y])
         return Pair(0.5 * y.position + 1, 0.5 * y.content + 2)
 
-    y0 = Pair(
-        torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 3, 5, dtype=torch.bfloat16)
-    )
+    y0 = Pair(torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 3, 5, dtype=torch.bfloat16))
     solution = implicit.fixed_point(f, y0)
     assert seen
     assert all(call == [(leaf.shape, leaf.dtype) for leaf in y0] for call in seen)
@@ -245,9 +241,9 @@ BAD_MAPS: list[tuple[Callable[[Any], Any], str]] = [
         lambda y: {**y, "a": y["a"].to("meta")},
         r"f\(y\)\['a'\] is on meta and y0\['a'\] on cpu.*move y0",
     ),
-    (lambda y: y["a"], r"f returned another structure.*set has_aux=True"),
-    (lambda y: (y, None), r"f returned another structure.*set has_aux=True"),
-    (lambda y: {"a": y["a"]}, r"f returned another structure"),
+    (lambda y: y["a"], r"(?s)f returned another structure.*set has_aux=True"),
+    (lambda y: (y, None), r"(?s)f returned another structure.*set has_aux=True"),
+    (lambda y: {"a": y["a"]}, r"(?s)f returned another structure"),
     (lambda y: {**y, "a": 1.0}, r"f\(y\)\['a'\] is a float, not a tensor"),
     (lambda y: {**y, "a": None}, r"f\(y\)\['a'\] is a NoneType, not a tensor"),
 ]

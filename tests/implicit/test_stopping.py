@@ -227,9 +227,7 @@ def test_steps_are_exactly_n_evaluations(solver: implicit.Solver, n: int) -> Non
 
 def test_steps_of_the_plain_iteration_are_powers_of_f() -> None:
     y0 = torch.tensor([[0.3], [2.0]], dtype=torch.float64)
-    solution = implicit.fixed_point(
-        torch.cos, y0, solver=implicit.Naive(), stop=implicit.Steps(4)
-    )
+    solution = implicit.fixed_point(torch.cos, y0, solver=implicit.Naive(), stop=implicit.Steps(4))
     third = y0.cos().cos().cos()
     assert torch.equal(solution.value, third.cos())
     # The residual is that of the last iterate which was evaluated, one step before the value.
@@ -269,9 +267,7 @@ def test_status_of_each_sample() -> None:
 
 
 @pytest.mark.parametrize(("steps", "status"), [(4, Status.STOPPED), (5, Status.DIVERGED)])
-def test_diverged_means_more_than_ten_times_the_first_residual(
-    steps: int, status: Status
-) -> None:
+def test_diverged_means_more_than_ten_times_the_first_residual(steps: int, status: Status) -> None:
     """With ``f(y) = 2y + 1`` the residual doubles: 8 times after 3 steps, 16 after 4."""
     solution = implicit.fixed_point(
         lambda y: 2 * y + 1, torch.zeros(1, 1), solver=implicit.Naive(), stop=implicit.Steps(steps)
@@ -334,9 +330,9 @@ def test_tolerance_waits_once_per_look(solver: implicit.Solver, every: int) -> N
             f,
             torch.ones(2, 3, dtype=torch.float64),
             solver=solver,
-            stop=implicit.Tolerance(rtol=1e-8, check_every=every, max_steps=40),
+            stop=implicit.Tolerance(rtol=1e-9, check_every=every, max_steps=60),
         )
-    assert f.calls > 4
+    assert f.calls > every
     assert 0 < counter.count <= 1 + (f.calls - 1) // every
 
 

@@ -1,0 +1,104 @@
+"""The pictures that a run ends with: detections, a film of the refinement, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detection.curves import plot_training
+from detection.data.coco import CocoDataset
+from detection.data.images import read_image
+from detection.data.loading import collate
+from detection.data.types import Batch, Categories
+from detection.models.decoders import EquilibriumDecoder
+from detection.models.detector import Detector
+from detection.prediction import detect
+from detection.training.matching import image_extent
+from detection.training.progress import read_json_lines
+from detection.visualization import contact_sheet, draw_detections, refinement_film, save_image
+
+SHOWN = 16
+"""Validation images on the page, and for the residuals."""
+SHORT_SIDE = 360
+"""Small images are enlarged to about this many pixels, so that labels can be read."""
+
+
+def draw_run(
+    model: Detector, dataset: CocoDataset, folder: Path, threshold: float = 0.3
+) -> list[Path]:
+    """Draw a trained model on its validation set; returns the files, all in ``folder``.
+
+    - ``validation.png``: the first images with predicted and true boxes;
+    - ``refinement.gif``: the boxes of the image with the most objects, refinement by refinement;
+    - ``training.png``: loss, gradient norm, and the relative residual over the refinements.
+
+    Args:
+        model: a trained detector.
+        dataset: validation set with its transform.
+        folder: of the run; its ``log.jsonl`` is read.
+        threshold: lowest score that is drawn.
+    """
+    chosen = range(min(SHOWN, len(dataset)))
+    page, film, curves = (folder / n for n in ("validation.png", "refinement.gif", "training.png"))
+    batches = [collate([dataset[i]]) for i in chosen]
+    pictures = []
+    for i, (target, detections) in zip(chosen, detect(model, batches), strict=True):
+        image = read_image(dataset.path(i))
+        height, width = target.original_size
+        scale = torch.tensor([width, height, width, height]) / image_extent(batches[i].sizes)
+        pictures.append(
+            draw_detections(
+                image,
+                detections,
+                dataset.categories,
+                truth=(target.boxes * scale, target.labels),
+                threshold=threshold,
+                scale=_enlargement(image),
+            )
+        )
+    title = f"Validation: solid boxes are predictions above {threshold}, dashed ones are true"
+    save_image(contact_sheet(pictures, columns=4, title=title), page)
+
+    busiest = max(chosen, key=lambda i: len(batches[i].targets[0].labels))
+    _film(model, batches[busiest], dataset.categories, film)
+    plot_training(read_json_lines(folder / "log.jsonl"), _residuals(model, batches), curves)
+    return [page, film, curves]
+
+
+@torch.inference_mode()
+def _film(model: Detector, batch: Batch, categories: Categories, path: Path) -> None:
+    """Every query with its best class, after every refinement of the only image of a batch."""
+    (height, width), image = batch.sizes[0].tolist(), batch.images[0]
+    batch = batch.to(next(model.parameters()).device)
+    outputs = list(model.decoder.trajectory(*model.encode(batch.images, batch.sizes)))
+    best = [output.logits[0].sigmoid().max(dim=-1) for output in outputs]
+    image = image[:, :height, :width]
+    refinement_film(
+        image,
+        [output.boxes[0].cpu() for output in outputs],
+        [scores.cpu() for scores, _ in best],
+        [labels.cpu() for _, labels in best],
+        categories,
+        path,
+        scale=_enlargement(image),
+    )
+
+
+@torch.inference_mode()
+def _residuals(model: Detector, batches: Sequence[Batch]) -> Tensor | None:
+    """``(T, images)`` relative residual at each refinement, of a decoder that solves for one."""
+    if not isinstance(model.decoder, EquilibriumDecoder):
+        return None
+    columns = []
+    for batch in batches:
+        batch = batch.to(next(model.parameters()).device)
+        output = model.decoder(*model.encode(batch.images, batch.sizes), trace=True)
+        columns.append(output.residual)
+    return torch.cat(columns, dim=1).cpu()
+
+
+def _enlargement(image: Tensor) -> float:
+    return max(1.0, SHORT_SIDE / min(image.shape[1:]))

@@ -1,0 +1,669 @@
+"""Gradients: closed forms on affine maps, finite differences on nonlinear ones.
+
+With ``f(y) = J y + x`` the derivative of the solution with respect to ``x`` *is* the matrix that a
+gradient mode puts in the place of ``(I − J)⁻¹``; each is compared with its own formula.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import implicit
+from implicit import (
+    BPTT,
+    JFB,
+    RAG,
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    Gradient,
+    Implicit,
+    Naive,
+    Neumann,
+    Phantom,
+    Steps,
+    Tolerance,
+    fixed_point,
+)
+
+TIGHT = Tolerance(rtol=1e-13, atol=0.0, max_steps=500)
+EXACT = Implicit(stop=Tolerance(rtol=1e-13, atol=0.0, max_steps=500))
+MODES = [JFB(), RAG(1), RAG(3), Neumann(1), Neumann(3), Phantom(3, 0.4), EXACT, BPTT()]
+SOLVERS = [Naive(), Anderson(), Broyden()]
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def contraction(dim: int, radius: float, seed: int) -> Tensor:
+    j = random(dim, dim, seed=seed)
+    return radius * j / torch.linalg.matrix_norm(j, 2)
+
+
+def power_sum(matrix: Tensor, terms: int) -> Tensor:
+    total = term = torch.eye(len(matrix), dtype=matrix.dtype)
+    for _ in range(terms - 1):
+        term = term @ matrix
+        total = total + term
+    return total
+
+
+def put_for_the_inverse(gradient: Gradient, j: Tensor) -> Tensor:
+    """The matrix ``M`` with ``∂y*/∂x = M ∂f/∂x``, as each method's paper gives it."""
+    eye = torch.eye(len(j), dtype=j.dtype)
+    if isinstance(gradient, JFB):
+        return eye
+    if isinstance(gradient, (RAG, Neumann)):
+        return power_sum(j, gradient.k)
+    if isinstance(gradient, Phantom):
+        rate = gradient.damping
+        return rate * power_sum(rate * j + (1 - rate) * eye, gradient.k)
+    assert isinstance(gradient, Implicit)
+    return torch.linalg.inv(eye - j)
+
+
+CLOSED = [
+    JFB(),
+    *(RAG(k) for k in (1, 2, 5)),
+    *(Neumann(k) for k in (1, 2, 5)),
+    Phantom(1, 0.3),
+    Phantom(4, 0.5),
+    Phantom(5, 1.0),
+    EXACT,
+    Implicit(solver=Broyden(), stop=TIGHT),
+    Implicit(solver=Naive(), stop=TIGHT),
+]
+
+
+# -- affine maps: the closed form ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("gradient", CLOSED, ids=repr)
+def test_closed_form(gradient: Gradient, solver: implicit.Solver) -> None:
+    j = contraction(5, 0.8, seed=1)
+    x = random(5, seed=2)
+
+    def answer(x: Tensor) -> Tensor:
+        y0 = torch.zeros(1, 5, dtype=torch.float64)
+        return fixed_point(
+            lambda y: y @ j.T + x, y0, solver=solver, stop=TIGHT, gradient=gradient
+        ).value[0]
+
+    found = torch.autograd.functional.jacobian(answer, x)
+    torch.testing.assert_close(found, put_for_the_inverse(gradient, j), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradient", CLOSED, ids=repr)
+@settings(max_examples=8, deadline=None)
+@given(
+    dim=st.integers(1, 6),
+    batch=st.integers(1, 3),
+    radius=st.floats(0.0, 0.85),
+    seed=st.integers(0, 10**6),
+)
+def test_closed_form_of_every_dependence(
+    gradient: Gradient, dim: int, batch: int, radius: float, seed: int
+) -> None:
+    """For ``Σ⟨v, y*⟩``: by ``x`` it is ``w = Mᵀv`` per sample, by ``J`` it is ``Σ w y*ᵀ``.
+
+    This holds for every mode because all iterates are equal at the fixed point.
+    """
+    j = contraction(dim, radius, seed).requires_grad_()
+    x = random(batch, dim, seed=seed + 1).requires_grad_()
+    v = random(batch, dim, seed=seed + 2)
+    solution = fixed_point(
+        lambda y: y @ j.T + x,
+        torch.zeros(batch, dim, dtype=torch.float64),
+        stop=TIGHT,
+        gradient=gradient,
+    )
+    of_j, of_x = torch.autograd.grad((v * solution.value).sum(), (j, x))
+    w = v @ put_for_the_inverse(gradient, j.detach())
+    torch.testing.assert_close(of_x, w, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(of_j, w.T @ solution.value.detach(), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_bptt_closed_form(steps: int) -> None:
+    """T plain steps: ``Σ_{i<T} Jⁱ`` by ``x`` and ``J^T`` by ``y0``."""
+    j, x, y0 = contraction(4, 0.9, seed=1), random(4, seed=2), random(4, seed=3)
+
+    def answer(x: Tensor, y0: Tensor) -> Tensor:
+        return fixed_point(
+            lambda y: y @ j.T + x, y0[None], solver=Naive(), stop=Steps(steps), gradient=BPTT()
+        ).value[0]
+
+    of_x, of_start = torch.autograd.functional.jacobian(answer, (x, y0))
+    torch.testing.assert_close(of_x, power_sum(j, steps))
+    torch.testing.assert_close(of_start, torch.linalg.matrix_power(j, steps))
+
+
+@pytest.mark.parametrize("damping", [0.3, 0.8])
+def test_bptt_through_damped_steps(damping: float) -> None:
+    j, x = contraction(4, 0.9, seed=1), random(4, seed=2)
+
+    def answer(x: Tensor) -> Tensor:
+        return fixed_point(
+            lambda y: y @ j.T + x,
+            torch.zeros(1, 4, dtype=torch.float64),
+            solver=Naive(damping),
+            stop=Steps(5),
+            gradient=BPTT(),
+        ).value[0]
+
+    step = damping * j + (1 - damping) * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.functional.jacobian(answer, x), damping * power_sum(step, 5)
+    )
+
+
+def test_more_terms_come_nearer_to_the_implicit_gradient() -> None:
+    """The error of k terms is ``J^k (I − J)⁻¹``: it falls by the radius with each term."""
+    j = torch.diag(torch.tensor([0.5, -0.5], dtype=torch.float64))
+    exact = torch.linalg.inv(torch.eye(2, dtype=torch.float64) - j)
+    x = random(2, seed=1)
+    for k in range(1, 12):
+        found = torch.autograd.functional.jacobian(
+            lambda x, k=k: fixed_point(
+                lambda y: y @ j + x,
+                torch.zeros(1, 2, dtype=torch.float64),
+                stop=TIGHT,
+                gradient=RAG(k),
+            ).value[0],
+            x,
+        )
+        wanted = torch.linalg.matrix_power(j, k) @ exact
+        torch.testing.assert_close(exact - found, wanted, rtol=1e-6, atol=1e-11)
+
+
+# -- nonlinear maps: finite differences ----------------------------------------------------------
+
+
+def cell(y: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(y @ w + x) + 0.1 * torch.sin(y)
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    w = contraction(4, 0.6, seed=11).requires_grad_()
+    x = random(3, 4, seed=12).requires_grad_()
+    return w, x, random(3, 4, seed=13)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_implicit_against_finite_differences(solver: implicit.Solver) -> None:
+    w, x, y0 = problem()
+    assert torch.autograd.gradcheck(
+        lambda w, x: (
+            fixed_point(
+                lambda y: cell(y, w, x), y0, solver=solver, stop=TIGHT, gradient=EXACT
+            ).value
+        ),
+        (w, x),
+    )
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [Naive(), Naive(0.5), Anderson(memory=3), Anderson(memory=2, mixing=0.7), Broyden(memory=3)],
+    ids=repr,
+)
+def test_bptt_against_finite_differences(solver: implicit.Solver) -> None:
+    """The path of every solver is differentiable, also beyond its memory, also by ``y0``."""
+    w, x, y0 = problem()
+    assert torch.autograd.gradcheck(
+        lambda w, x, y0: (
+            fixed_point(
+                lambda y: cell(y, w, x), y0, solver=solver, stop=Steps(6), gradient=BPTT()
+            ).value
+        ),
+        (w, x, y0.requires_grad_()),
+    )
+
+
+def test_bptt_with_tolerance_against_finite_differences() -> None:
+    w, x, y0 = problem()
+    stop = Tolerance(rtol=1e-3, max_steps=40)
+
+    def answer(w: Tensor, x: Tensor, y0: Tensor) -> Tensor:
+        return fixed_point(
+            lambda y: cell(y, w, x), y0, solver=Naive(), stop=stop, gradient=BPTT()
+        ).value
+
+    assert torch.autograd.gradcheck(answer, (w, x, y0.requires_grad_()))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_unrolled_gradients_against_finite_differences(k: int, rate: float) -> None:
+    """RAG(k) and Phantom(k, λ) are the derivative of their k steps from the solution, held fixed."""
+    w, x, y0 = problem()
+    gradient = RAG(k) if rate == 1 else Phantom(k, rate)
+    solution = fixed_point(lambda y: cell(y, w, x), y0, stop=TIGHT, gradient=gradient)
+    v = random(3, 4, seed=14)
+    found = torch.autograd.grad((v * solution.value).sum(), (w, x))
+    start = solution.value.detach()
+
+    def steps(w: Tensor, x: Tensor) -> Tensor:
+        y = start
+        for _ in range(k):
+            y = (1 - rate) * y + rate * cell(y, w, x)
+        return y
+
+    assert torch.autograd.gradcheck(steps, (w, x))
+    wanted = torch.autograd.grad((v * steps(w, x)).sum(), (w, x))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_jfb_is_rag_of_one_and_neumann_is_rag_on_nonlinear_maps() -> None:
+    w, x, y0 = problem()
+    v = random(3, 4, seed=14)
+
+    def gradients(mode: Gradient) -> tuple[Tensor, ...]:
+        value = fixed_point(lambda y: cell(y, w, x), y0, stop=TIGHT, gradient=mode).value
+        return torch.autograd.grad((v * value.sin()).sum(), (w, x))
+
+    for one, other in (
+        (JFB(), RAG(1)),
+        (RAG(1), Phantom(1, 1.0)),
+        *((Neumann(k), RAG(k)) for k in (1, 2, 3, 6)),
+        (RAG(3), Phantom(3, 1.0)),
+    ):
+        for a, b in zip(gradients(one), gradients(other), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradient", [EXACT, Neumann(3), RAG(3), JFB()], ids=repr)
+def test_gradients_of_pytrees(gradient: Gradient) -> None:
+    """The gradient of a state in two leaves is that of the same state in one."""
+    w, x, y0 = problem()
+    v = random(3, 4, seed=15)
+
+    def split(y: dict[str, Tensor]) -> dict[str, Tensor]:
+        image = cell(torch.cat([y["a"], y["b"].flatten(1)], dim=1), w, x)
+        return {"a": image[:, :1], "b": image[:, 1:].reshape(3, 3, 1)}
+
+    start = {"a": y0[:, :1], "b": y0[:, 1:].reshape(3, 3, 1)}
+    whole = fixed_point(lambda y: cell(y, w, x), y0, stop=TIGHT, gradient=gradient).value
+    parts = fixed_point(split, start, stop=TIGHT, gradient=gradient).value
+    joined = torch.cat([parts["a"], parts["b"].flatten(1)], dim=1)
+    for one, other in zip(
+        torch.autograd.grad((v * whole).sum(), (w, x)),
+        torch.autograd.grad((v * joined).sum(), (w, x)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("gradient", [EXACT, Neumann(2), RAG(2), BPTT()], ids=repr)
+def test_gradient_through_one_leaf_of_the_state_only(gradient: Gradient) -> None:
+    """A loss that looks at a single leaf, whose value depends on the other."""
+    x = random(2, 3, seed=1).requires_grad_()
+
+    def f(y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return 0.3 * y[0] + x, 0.5 * y[1] + y[0]
+
+    zero = torch.zeros(2, 3, dtype=torch.float64)
+    value = fixed_point(f, (zero, zero), stop=TIGHT, gradient=gradient).value
+    (found,) = torch.autograd.grad(value[1].sum(), x)
+    # y0* = x / 0.7, y1* = 2 y0*; one step reaches y1 only through y0, so k terms give
+    # Σ_{i<k} (Jⁱ)₁₀ with J = [[0.3, 0], [1, 0.5]].
+    j = torch.tensor([[0.3, 0.0], [1.0, 0.5]], dtype=torch.float64)
+    eye = torch.eye(2, dtype=torch.float64)
+    matrix = torch.linalg.inv(eye - j) if gradient in (EXACT, BPTT()) else eye + j
+    torch.testing.assert_close(found, matrix[1, 0].expand(2, 3), rtol=1e-8, atol=1e-9)
+
+
+# -- the value is not touched --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("gradient", MODES, ids=repr)
+@pytest.mark.parametrize("stop", [Steps(3), Tolerance(rtol=1e-2)])
+def test_the_gradient_decides_nothing_but_the_derivative(
+    gradient: Gradient, solver: implicit.Solver, stop: Any
+) -> None:
+    w, x, y0 = problem()
+    with torch.no_grad():
+        bare = fixed_point(lambda y: cell(y, w, x), y0, solver=solver, stop=stop)
+    tied = fixed_point(lambda y: cell(y, w, x), y0, solver=solver, stop=stop, gradient=gradient)
+    assert torch.equal(tied.value.detach(), bare.value)
+    assert tied.value.requires_grad
+    assert not bare.value.requires_grad
+    for field in ("status", "steps", "evaluations", "residual", "relative_residual"):
+        assert torch.equal(getattr(tied, field), getattr(bare, field))
+        assert not getattr(tied, field).requires_grad
+
+
+@pytest.mark.parametrize("gradient", MODES, ids=repr)
+def test_nothing_to_differentiate(gradient: Gradient) -> None:
+    solution = fixed_point(torch.cos, torch.ones(2, 2, dtype=torch.float64), gradient=gradient)
+    assert not solution.value.requires_grad
+
+
+@pytest.mark.parametrize("gradient", [m for m in MODES if m != BPTT()], ids=repr)
+def test_start_gets_no_gradient(gradient: Gradient) -> None:
+    w, x, y0 = problem()
+    y0 = y0.requires_grad_()
+    value = fixed_point(lambda y: cell(y, w, x), y0, gradient=gradient).value
+    assert torch.autograd.grad(value.sum(), y0, allow_unused=True) == (None,)
+
+
+# -- what f closes over --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", MODES, ids=repr)
+def test_closed_over_leaves_modules_and_intermediate_tensors(gradient: Gradient) -> None:
+    """Nothing is listed: a parameter, a leaf and a non-leaf all receive gradient."""
+    linear = torch.nn.Linear(3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(contraction(3, 0.5, seed=1))
+    leaf = random(2, 3, seed=2).requires_grad_()
+    inner = random(2, 3, seed=3).requires_grad_()
+    computed = (2 * inner).sin()  # a non-leaf, through which inner must be reached
+    with_args = random(2, 3, seed=4).requires_grad_()
+    value = fixed_point(
+        lambda y, z: linear(y) + leaf + computed + z,
+        torch.zeros(2, 3, dtype=torch.float64),
+        stop=TIGHT,
+        gradient=gradient,
+        args=(with_args,),
+    ).value
+    value.sum().backward()
+    # x enters as leaf, as sin(2·inner) and as an argument, always with the same factor.
+    assert leaf.grad is not None and inner.grad is not None and with_args.grad is not None
+    torch.testing.assert_close(with_args.grad, leaf.grad)
+    torch.testing.assert_close(inner.grad, leaf.grad * 2 * torch.cos(2 * inner.detach()))
+    if gradient != BPTT():
+        matrix = put_for_the_inverse(gradient, linear.weight.detach())
+        torch.testing.assert_close(leaf.grad, matrix.sum(0).expand(2, 3), rtol=1e-8, atol=1e-9)
+    assert linear.bias.grad is not None and linear.weight.grad is not None
+    torch.testing.assert_close(linear.bias.grad, leaf.grad.sum(0))
+
+
+@pytest.mark.parametrize("gradient", MODES, ids=repr)
+def test_retained_graph_and_two_uses_in_one_graph(gradient: Gradient) -> None:
+    w, x, y0 = problem()
+
+    def solve(offset: float) -> Tensor:
+        return fixed_point(
+            lambda y: cell(y, w, x + offset), y0, stop=TIGHT, gradient=gradient
+        ).value
+
+    one, two = solve(0.0), solve(0.5)
+    (only_one,) = torch.autograd.grad(one.sum(), w, retain_graph=True)
+    (again,) = torch.autograd.grad(one.sum(), w, retain_graph=True)
+    (only_two,) = torch.autograd.grad(two.square().sum(), w, retain_graph=True)
+    (both,) = torch.autograd.grad(one.sum() + two.square().sum(), w)
+    torch.testing.assert_close(again, only_one)
+    torch.testing.assert_close(both, only_one + only_two)
+
+
+@pytest.mark.parametrize("gradient", [EXACT, Neumann(40)], ids=["Implicit", "Neumann"])
+def test_one_solution_inside_another(gradient: Gradient) -> None:
+    """``z* = a z* + y*`` with ``y* = a y* + x``: ``dz*/dx = 1/(1 − a)²``."""
+    a = 0.4
+    x = torch.tensor([[1.0]], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    y = fixed_point(lambda y: a * y + x, zero, stop=TIGHT, gradient=gradient).value
+    z = fixed_point(lambda z: a * z + y, zero, stop=TIGHT, gradient=gradient).value
+    (found,) = torch.autograd.grad(z.sum(), x)
+    assert found.item() == pytest.approx(1 / (1 - a) ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("gradient", MODES, ids=repr)
+def test_hook_on_the_value_changes_what_flows_back(gradient: Gradient) -> None:
+    w, x, y0 = problem()
+    plain = fixed_point(lambda y: cell(y, w, x), y0, stop=TIGHT, gradient=gradient).value
+    (wanted,) = torch.autograd.grad(plain.sum(), x)
+    value = fixed_point(lambda y: cell(y, w, x), y0, stop=TIGHT, gradient=gradient).value
+    value.register_hook(lambda grad: 3 * grad)
+    (found,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(found, 3 * wanted, rtol=1e-8, atol=1e-10)
+
+
+# -- Implicit: its own solve ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8, 1e-30])
+def test_implicit_does_not_depend_on_the_scale_of_the_loss(scale: float) -> None:
+    w, x, y0 = problem()
+    value = fixed_point(lambda y: cell(y, w, x), y0, stop=TIGHT, gradient=Implicit()).value
+    plain = torch.autograd.grad(value.sum(), (w, x), retain_graph=True)
+    scaled = torch.autograd.grad(scale * value.sum(), (w, x))
+    for one, other in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(other / scale, one, rtol=1e-6, atol=1e-9)
+
+
+def test_implicit_scale_in_float32() -> None:
+    w, x, y0 = (t.detach().float() for t in problem())
+    x.requires_grad_()
+    stop = Tolerance(rtol=1e-6, atol=0.0, max_steps=200)
+    value = fixed_point(lambda y: cell(y, w, x), y0, stop=stop, gradient=Implicit()).value
+    (plain,) = torch.autograd.grad(value.sum(), x, retain_graph=True)
+    (scaled,) = torch.autograd.grad(1e-8 * value.sum(), x)
+    torch.testing.assert_close(scaled * 1e8, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_implicit_samples_do_not_share_a_tolerance() -> None:
+    """A tiny incoming gradient beside a huge one is solved as well as if it were alone."""
+    rate = torch.tensor([[0.9], [0.9]], dtype=torch.float64)
+    x = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    value = fixed_point(lambda y: rate * y + x, torch.ones_like(x), gradient=EXACT).value
+    (value[0].sum() * 1e9 + value[1].sum() * 1e-9).backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0], torch.full((3,), 1e10, dtype=torch.float64))
+    torch.testing.assert_close(x.grad[1], torch.full((3,), 1e-8, dtype=torch.float64))
+
+
+def test_implicit_with_no_incoming_gradient() -> None:
+    """A loss that ignores a sample sends zeros: solved at once, without a warning or NaN."""
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    value = fixed_point(lambda y: 0.5 * y + x, torch.zeros_like(x), gradient=EXACT).value
+    value[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [pytest.approx([2, 2, 2]), [0, 0, 0]]
+
+
+def test_implicit_warns_when_its_steps_do_not_suffice() -> None:
+    x = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    rate = torch.tensor([0.99, 0.9, 0.5, 0.1], dtype=torch.float64)
+    gradient = Implicit(solver=Naive(), stop=Tolerance(rtol=1e-9, max_steps=3))
+    value = fixed_point(lambda y: rate * y + x, torch.ones_like(x), gradient=gradient).value
+    with pytest.warns(ConvergenceWarning, match=r"3 of 3 samples is inexact.*Allow more steps"):
+        value.sum().backward()
+
+
+def test_implicit_with_fixed_steps_warns_of_nothing() -> None:
+    """``n`` plain steps on ``w = v + Jᵀw`` from ``v`` are the first ``n + 1`` Neumann terms."""
+    j = contraction(4, 0.9, seed=1)
+    x = torch.zeros(4, dtype=torch.float64)
+    gradient = Implicit(solver=Naive(), stop=Steps(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = torch.autograd.functional.jacobian(
+            lambda x: fixed_point(
+                lambda y: y @ j.T + x, torch.ones(1, 4, dtype=torch.float64), gradient=gradient
+            ).value[0],
+            x,
+        )
+    torch.testing.assert_close(found, power_sum(j, 4))
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), Neumann(2)], ids=repr)
+def test_double_backward_of_an_adjoint_raises(gradient: Gradient) -> None:
+    w, x, y0 = problem()
+    value = fixed_point(lambda y: cell(y, w, x), y0, gradient=gradient).value
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*use RAG, Phantom or BPTT"):
+        torch.autograd.grad(value.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("gradient", [RAG(2), Phantom(2, 0.5), JFB(), BPTT()], ids=repr)
+def test_double_backward_of_tracked_steps(gradient: Gradient) -> None:
+    """The second derivative is that of the tracked steps from the solution held fixed."""
+    w, x, y0 = problem()
+    stop = Steps(3) if gradient == BPTT() else TIGHT
+    options: dict[str, Any] = {"solver": Naive(), "stop": stop, "gradient": gradient}
+    value = fixed_point(lambda y: cell(y, w, x), y0, **options).value
+    start = y0 if gradient == BPTT() else value.detach()
+    k, rate = {RAG(2): (2, 1.0), Phantom(2, 0.5): (2, 0.5), JFB(): (1, 1.0), BPTT(): (3, 1.0)}[
+        gradient
+    ]
+
+    def second(y: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    y = start
+    for _ in range(k):
+        y = (1 - rate) * y + rate * cell(y, w, x)
+    torch.testing.assert_close(second(value), second(y), rtol=1e-8, atol=1e-9)
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def saved_bytes(make: Callable[[], Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass of ``make()``."""
+    storages: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor.detach())  # so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        make()
+    return sum(storages.values())
+
+
+def test_memory_of_each_gradient() -> None:
+    """RAG(k) keeps k applications, adjoints one, BPTT one per step; none keeps the path else."""
+    w = contraction(16, 0.5, seed=1).requires_grad_()
+    x = random(64, 16, seed=2)
+
+    def kept(gradient: Gradient, steps: int) -> int:
+        return saved_bytes(
+            lambda: (
+                fixed_point(
+                    lambda y: torch.tanh(y @ w + x),
+                    torch.zeros_like(x),
+                    solver=Naive(),
+                    stop=Steps(steps),
+                    gradient=gradient,
+                ).value
+            )
+        )
+
+    state = torch.zeros_like(x).requires_grad_()
+    by_the_state_too = saved_bytes(lambda: torch.tanh(state @ w + x))
+    one = kept(JFB(), 5)
+    for steps in (5, 50):
+        assert kept(JFB(), steps) == one <= by_the_state_too
+        for gradient in (Implicit(), Neumann(1), Neumann(9)):
+            assert kept(gradient, steps) == by_the_state_too, gradient
+    for k in (2, 4):
+        assert kept(RAG(k), 5) == kept(RAG(k), 50)
+        assert (k - 1) * x.nbytes < kept(RAG(k), 5) <= k * by_the_state_too
+    assert kept(BPTT(), 50) >= 5 * kept(BPTT(), 5)
+
+
+@pytest.mark.parametrize("gradient", MODES, ids=repr)
+def test_nothing_lives_on_after_the_backward_pass(gradient: Gradient) -> None:
+    """No cycle of references keeps the graph: inputs are freed by counting alone."""
+    gc.collect()
+    gc.disable()
+    try:
+        w, x, y0 = problem()
+        gone = weakref.ref(x)
+        value = fixed_point(lambda y, x: cell(y, w, x), y0, gradient=gradient, args=(x,)).value
+        value.sum().backward()
+        del value, x
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# -- autocast and half precision -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", [JFB(), RAG(2), Neumann(2), Implicit(), BPTT()], ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_gradients_under_autocast(gradient: Gradient, solver: implicit.Solver) -> None:
+    """bfloat16 inside f, float32 outside: the gradients come near those of full precision."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 6)
+    with torch.no_grad():
+        linear.weight.mul_(0.5 / torch.linalg.matrix_norm(linear.weight, 2))
+    x = torch.randn(3, 6)
+    options: dict[str, Any] = {"solver": solver, "stop": Steps(8)}
+    if isinstance(gradient, Implicit):
+        gradient = Implicit(stop=Steps(8))
+
+    def weight_gradient() -> Tensor:
+        value = fixed_point(
+            lambda y: torch.tanh(linear(y) + x), torch.zeros(3, 6), gradient=gradient, **options
+        ).value
+        assert value.dtype == torch.float32
+        return torch.autograd.grad(value.square().sum(), linear.weight)[0]
+
+    wanted = weight_gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weight_gradient()
+    assert found.dtype == torch.float32
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.parametrize("gradient", [JFB(), RAG(2), Neumann(2), Implicit(), BPTT()], ids=repr)
+def test_gradients_of_a_bfloat16_state(gradient: Gradient) -> None:
+    x = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    if isinstance(gradient, Implicit):
+        gradient = Implicit(stop=Tolerance(rtol=1e-2))
+    value = fixed_point(
+        lambda y: 0.5 * y + x,
+        torch.zeros(2, 3, dtype=torch.bfloat16),
+        stop=Tolerance(rtol=1e-2),
+        gradient=gradient,
+    ).value
+    (found,) = torch.autograd.grad(value.sum(), x)
+    assert found.dtype == torch.bfloat16
+    wanted = {JFB: 1.0, RAG: 1.5, Neumann: 1.5, Implicit: 2.0, BPTT: 2.0}[type(gradient)]
+    torch.testing.assert_close(found.float(), torch.full((2, 3), wanted), rtol=0.05, atol=0)
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [RAG, Neumann, Phantom])
+@pytest.mark.parametrize("k", [0, -1, 2.0, 1.5, "2", True, None])
+def test_k_must_be_a_positive_integer(kind: Any, k: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\(k=.*must be an integer of at least 1"):
+        kind(k)
+
+
+@pytest.mark.parametrize("damping", [0.0, -0.1, 1.1, float("nan")])
+def test_phantom_damping_out_of_range(damping: float) -> None:
+    with pytest.raises(ValueError, match=r"Phantom\(damping=.*must lie in \(0, 1\]"):
+        Phantom(2, damping)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(RAG, "steps"), (Neumann, "terms"), (JFB, "k"), (BPTT, "k"), (Implicit, "m")]
+)
+def test_unknown_options_are_refused(kind: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        kind(**{name: 2})

@@ -1,0 +1,544 @@
+"""Solvers: analytic fixed points, literal references, finite termination, and one row per sample.
+
+Where an iteration is checked against its definition, the definition is written out here in its
+dense form: least squares by QR for Anderson, rank-one updates of a full matrix for Broyden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import implicit
+from implicit import Anderson, Broyden, Naive, Status, Steps, Tolerance, fixed_point
+
+ALL = [Naive(), Naive(0.7), Anderson(), Anderson(memory=1), Broyden(), Broyden(memory=1)]
+SECANT = [Anderson(), Anderson(memory=1), Anderson(mixing=0.7), Broyden(), Broyden(memory=2)]
+TIGHT = Tolerance(rtol=1e-12, atol=0.0, max_steps=500)
+DOTTIE = 0.7390851332151606  # the solution of cos(y) = y, a known constant
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def affine(dim: int, radius: float, seed: int) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """``y ↦ y Aᵀ + b`` with a nonsymmetric ``A`` of spectral norm ``radius``, its ``A`` and y*."""
+    a = random(dim, dim, seed=seed)
+    a = radius * a / torch.linalg.matrix_norm(a, 2)
+    b = random(dim, seed=seed + 1)
+    answer = torch.linalg.solve(torch.eye(dim, dtype=a.dtype) - a, b)
+    return (lambda y: y @ a.T + b), a, answer
+
+
+def symmetric(dim: int, radius: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``A = Q Λ Qᵀ`` with eigenvalues evenly from ``−radius`` to ``radius``, ``b``, and y*."""
+    q, _ = torch.linalg.qr(random(dim, dim, seed=seed))
+    a = q * torch.linspace(-radius, radius, dim, dtype=torch.float64) @ q.T
+    b = random(dim, seed=seed + 1)
+    return a, b, torch.linalg.solve(torch.eye(dim, dtype=torch.float64) - a, b)
+
+
+class Counted:
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        self.f, self.calls = f, 0
+        self.seen: list[Tensor] = []
+
+    def __call__(self, y: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(y.detach().clone())
+        return self.f(y)
+
+
+# -- analytic fixed points -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_dottie_number(solver: implicit.Solver) -> None:
+    y0 = torch.tensor([[0.0, 1.0], [0.5, 2.0]], dtype=torch.float64)
+    solution = fixed_point(torch.cos, y0, solver=solver, stop=TIGHT)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, torch.full_like(y0, DOTTIE), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+@settings(max_examples=10, deadline=None)
+@given(dim=st.integers(1, 8), radius=st.floats(0.0, 0.8), seed=st.integers(0, 10**6))
+def test_affine(solver: implicit.Solver, dim: int, radius: float, seed: int) -> None:
+    f, _, answer = affine(dim, radius, seed)
+    solution = fixed_point(f, random(3, dim, seed=seed + 2), solver=solver, stop=TIGHT)
+    assert solution.converged.all()
+    # ‖y − y*‖ ≤ ‖r‖ / (1 − ρ), and ‖r‖ ≤ 1e-12 ‖y‖.
+    torch.testing.assert_close(solution.value, answer.expand(3, dim), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_componentwise(solver: implicit.Solver) -> None:
+    """``y = (y + x/y)/2`` is Heron's rule: the fixed point is the square root."""
+    x = torch.tensor([[2.0, 3.0], [9.0, 0.25]], dtype=torch.float64)
+    solution = fixed_point(
+        lambda y: 0.5 * (y + x / y), torch.ones_like(x), solver=solver, stop=TIGHT
+    )
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, x.sqrt(), rtol=1e-10, atol=0)
+
+
+ROTATION = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+
+
+def rotated(y: Tensor) -> Tensor:
+    """By 90 degrees about (0, 1): ``y* = R y* + (1, 1)`` has ``y* = (0, 1)``."""
+    return y @ ROTATION.T + torch.tensor([1.0, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", [s for s in SECANT if getattr(s, "memory", 0) > 1], ids=repr)
+def test_rotation_is_solved_by_secant_methods(solver: implicit.Solver) -> None:
+    y0 = torch.tensor([[3.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
+    solution = fixed_point(rotated, y0, solver=solver, stop=Tolerance(rtol=1e-10, max_steps=100))
+    assert solution.converged.all()
+    wanted = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(solution.value, wanted, rtol=0, atol=1e-8)
+
+
+def test_rotation_makes_the_plain_iteration_cycle() -> None:
+    y0 = torch.tensor([[3.0, 2.0]], dtype=torch.float64)
+    solution = fixed_point(
+        rotated, y0, solver=Naive(), stop=Tolerance(rtol=1e-6, max_steps=40), trace=True
+    )
+    assert solution.status.tolist() == [Status.STOPPED]
+    assert torch.equal(solution.value, y0), "four turns by 90 degrees, ten times, are the identity"
+    # The residual keeps its length: ‖(R − I)(y − y*)‖ = √2 ‖y − y*‖.
+    torch.testing.assert_close(
+        solution.residual, torch.tensor([math.sqrt(2 * (9 + 1))], dtype=torch.float64)
+    )
+
+
+def test_damping_tames_the_rotation() -> None:
+    """``|0.5 + 0.5 i| < 1``: the damped iteration converges where the plain one cycles."""
+    y0 = torch.tensor([[3.0, 2.0]], dtype=torch.float64)
+    solution = fixed_point(rotated, y0, solver=Naive(0.5), stop=Tolerance(rtol=1e-8, max_steps=100))
+    assert solution.converged.all()
+
+
+def test_expansion_on_the_negative_side() -> None:
+    """``f(y) = 3 − 2y`` has the fixed point 1 and the derivative −2: naive diverges."""
+    y0 = torch.full((1, 1), 5.0, dtype=torch.float64)
+
+    def f(y: Tensor) -> Tensor:
+        return 3 - 2 * y
+
+    assert fixed_point(f, y0, solver=Naive()).status.tolist() == [Status.DIVERGED]
+    for solver in (Naive(0.4), Anderson(), Broyden()):
+        solution = fixed_point(f, y0, solver=solver, stop=TIGHT)
+        assert solution.value.item() == pytest.approx(1, abs=1e-9)
+
+
+# -- Naive, to the letter ------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(damping=st.floats(0.05, 1.0), n=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_naive_is_its_definition(damping: float, n: int, seed: int) -> None:
+    f, _, _ = affine(4, 0.9, seed)
+    y = y0 = random(2, 4, seed=seed + 7)
+    for _ in range(n):
+        y = (1 - damping) * y + damping * f(y)
+    found = fixed_point(f, y0, solver=Naive(damping), stop=Steps(n)).value
+    torch.testing.assert_close(found, y, rtol=1e-10, atol=1e-12)
+
+
+# -- Anderson, to the letter ---------------------------------------------------------------------
+
+
+def literal_anderson(
+    f: Callable[[Tensor], Tensor], y0: Tensor, memory: int, mixing: float, n: int
+) -> list[Tensor]:
+    """Type II on one sample ``(D,)``: ``γ = argmin ‖r − ΔR γ‖`` by QR (lstsq), no ridge."""
+    ys, rs, path = [y0], [], []
+    for _ in range(n):
+        y = ys[-1]
+        rs.append(f(y) - y)
+        new = y + mixing * rs[-1]
+        m = min(memory, len(rs) - 1)
+        if m:
+            dy = torch.stack([ys[i + 1] - ys[i] for i in range(len(ys) - 1)][-m:], dim=1)
+            dr = torch.stack([rs[i + 1] - rs[i] for i in range(len(rs) - 1)][-m:], dim=1)
+            gamma = torch.linalg.lstsq(dr, rs[-1][:, None]).solution[:, 0]
+            new = new - (dy + mixing * dr) @ gamma
+        ys.append(new)
+        path.append(new)
+    return path
+
+
+@pytest.mark.parametrize("memory", [1, 2, 3, 5])
+@pytest.mark.parametrize("mixing", [1.0, 0.6])
+def test_anderson_is_literal_least_squares(memory: int, mixing: float) -> None:
+    dim, n = 12, 9
+    w, b = 0.9 * random(dim, dim, seed=3) / dim**0.5, random(2, dim, seed=4)
+    y0 = random(2, dim, seed=5)
+    solution = fixed_point(
+        lambda y: torch.tanh(y @ w + b),
+        y0,
+        solver=Anderson(memory=memory, mixing=mixing, ridge=0.0),
+        stop=Steps(n),
+        path=range(1, n + 1),
+    )
+    for i in range(2):
+        path = literal_anderson(lambda y, i=i: torch.tanh(y @ w + b[i]), y0[i], memory, mixing, n)
+        for found, wanted in zip(solution.path, path, strict=True):
+            torch.testing.assert_close(found[i], wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5, 8])
+def test_anderson_terminates_on_affine_maps(dim: int) -> None:
+    """With ``m ≥ D`` pairs the span is full after D of them: D + 2 evaluations, as GMRES."""
+    f, _, answer = affine(dim, 0.9, seed=dim)
+    solution = fixed_point(
+        f,
+        torch.zeros(1, dim, dtype=torch.float64),
+        solver=Anderson(memory=dim + 2),
+        stop=Tolerance(rtol=1e-7, atol=0.0),
+    )
+    assert solution.converged.all()
+    assert int(solution.evaluations) <= dim + 2
+    torch.testing.assert_close(solution.value[0], answer, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [4, 8])
+def test_anderson_terminates_not_sooner(dim: int) -> None:
+    """A full set of distinct eigenvalues cannot be annihilated by a smaller polynomial."""
+    a, b, _ = symmetric(dim, 0.9, seed=dim)
+    solution = fixed_point(
+        lambda y: y @ a + b,
+        torch.zeros(1, dim, dtype=torch.float64),
+        solver=Anderson(memory=dim + 2),
+        stop=Tolerance(rtol=1e-9, atol=0.0),
+    )
+    assert dim + 1 <= int(solution.evaluations) <= dim + 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slow_affine_map_is_solved_by_the_default_anderson(dtype: torch.dtype) -> None:
+    """ρ = 0.99 to 1e-6, where a ridge in absolute units never arrives in 1000 evaluations."""
+    a, b, answer = symmetric(50, 0.99, seed=9)
+    a, b = a.to(dtype), b.to(dtype)
+    f = Counted(lambda y: y @ a + b)
+    with torch.no_grad():
+        solution = fixed_point(
+            f,
+            torch.zeros(2, 50, dtype=dtype),
+            solver=Anderson(),
+            stop=Tolerance(rtol=1e-6, atol=0.0, max_steps=999),
+        )
+    assert solution.converged.all()
+    assert f.calls <= 1000
+    torch.testing.assert_close(solution.value.double(), answer.expand(2, 50), rtol=1e-2, atol=1e-2)
+
+
+def test_anderson_is_faster_than_the_plain_iteration() -> None:
+    a, b, _ = symmetric(30, 0.95, seed=11)
+    stop = Tolerance(rtol=1e-8, atol=0.0, max_steps=1000)
+    y0 = torch.zeros(1, 30, dtype=torch.float64)
+    plain, mixed = (
+        int(fixed_point(lambda y: y @ a + b, y0, solver=s, stop=stop).evaluations)
+        for s in (Naive(), Anderson())
+    )
+    assert mixed < plain / 2
+
+
+# -- Broyden, to the letter ----------------------------------------------------------------------
+
+
+def literal_broyden(f: Callable[[Tensor], Tensor], y0: Tensor, n: int) -> list[Tensor]:
+    """Dense good Broyden on ``F(y) = y − f(y)`` for one sample, from ``B = I``."""
+    matrix = torch.eye(len(y0), dtype=y0.dtype)
+    y, value, path = y0, y0 - f(y0), []
+    for _ in range(n):
+        new = y - torch.linalg.solve(matrix, value)
+        s, new_value = new - y, new - f(new)
+        matrix = matrix + torch.outer(new_value - value - matrix @ s, s) / (s @ s)
+        y, value = new, new_value
+        path.append(y)
+    return path
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_broyden_is_the_dense_method_while_nothing_is_forgotten(extra: int) -> None:
+    dim, n = 10, 8
+    w, b = 0.9 * random(dim, dim, seed=6) / dim**0.5, random(2, dim, seed=7)
+    y0 = random(2, dim, seed=8)
+    solution = fixed_point(
+        lambda y: torch.tanh(y @ w + b),
+        y0,
+        solver=Broyden(memory=n + extra),
+        stop=Steps(n),
+        path=range(1, n + 1),
+    )
+    for i in range(2):
+        path = literal_broyden(lambda y, i=i: torch.tanh(y @ w + b[i]), y0[i], n)
+        for found, wanted in zip(solution.path, path, strict=True):
+            torch.testing.assert_close(found[i], wanted, rtol=1e-8, atol=1e-9)
+
+
+def test_broyden_with_a_full_memory_rebuilds_from_the_last_pairs() -> None:
+    """The step after forgetting is that of the dense update from I through the last m pairs."""
+    dim, n, memory = 10, 9, 3
+    w, b = 0.9 * random(dim, dim, seed=6) / dim**0.5, random(1, dim, seed=7)
+    f = Counted(lambda y: torch.tanh(y @ w + b))
+    with torch.no_grad():
+        fixed_point(f, random(1, dim, seed=8), solver=Broyden(memory=memory), stop=Steps(n))
+    ys = [y[0] for y in f.seen]
+    values = [y - torch.tanh(y @ w + b[0]) for y in ys]
+    for t in range(1, n - 1):
+        matrix = torch.eye(dim, dtype=torch.float64)
+        for i in range(max(0, t - memory), t):
+            s, change = ys[i + 1] - ys[i], values[i + 1] - values[i]
+            matrix = matrix + torch.outer(change - matrix @ s, s) / (s @ s)
+        wanted = ys[t] - torch.linalg.solve(matrix, values[t])
+        torch.testing.assert_close(ys[t + 1], wanted, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", [6, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_limited_broyden_converges_where_a_circular_history_diverges(
+    memory: int, seed: int
+) -> None:
+    a, b, answer = symmetric(50, 0.9, seed=seed)
+    solution = fixed_point(
+        lambda y: y @ a + b,
+        torch.zeros(2, 50, dtype=torch.float64),
+        solver=Broyden(memory=memory),
+        stop=Tolerance(rtol=1e-8, atol=0.0, max_steps=400),
+    )
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, answer.expand(2, 50), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
+def test_convergence_holds_far_beyond_the_answer(solver: implicit.Solver) -> None:
+    """Hundreds of steps at rounding error must not throw a solved sample out again."""
+    f, _, answer = affine(6, 0.8, seed=1)
+    solution = fixed_point(
+        f, torch.zeros(1, 6, dtype=torch.float64), solver=solver, stop=Steps(300)
+    )
+    torch.testing.assert_close(solution.value[0], answer, rtol=1e-8, atol=1e-8)
+
+
+# -- what must not matter ------------------------------------------------------------------------
+
+
+def tanh_problem(batch: int, dim: int = 6) -> tuple[Tensor, Tensor]:
+    """Samples of different difficulty: the weights are scaled from 0.2 to 1."""
+    w = random(dim, dim, seed=20)
+    w = w / torch.linalg.matrix_norm(w, 2)
+    scale = torch.linspace(0.2, 0.95, batch, dtype=torch.float64)
+    return scale[:, None, None] * w, random(batch, dim, seed=21)
+
+
+def solve_tanh(w: Tensor, b: Tensor, solver: implicit.Solver, **options: Any) -> implicit.Solution:
+    def f(y: Tensor) -> Tensor:
+        return torch.tanh(torch.einsum("bd,bde->be", y, w) + b)
+
+    options = {"stop": Tolerance(rtol=1e-8, atol=0.0, max_steps=200), **options}
+    with torch.no_grad():
+        return fixed_point(f, torch.zeros_like(b), solver=solver, **options)
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_a_sample_does_not_see_its_neighbours(solver: implicit.Solver) -> None:
+    w, b = tanh_problem(5)
+    together = solve_tanh(w, b, solver)
+    assert len(set(together.evaluations.tolist())) > 1, "the problem must be a mixed one"
+    for i in range(5):
+        alone = solve_tanh(w[i : i + 1], b[i : i + 1], solver)
+        assert alone.evaluations.tolist() == together.evaluations[i : i + 1].tolist()
+        assert alone.status.tolist() == together.status[i : i + 1].tolist()
+        torch.testing.assert_close(alone.value[0], together.value[i], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+@settings(max_examples=8, deadline=None)
+@given(order=st.permutations(range(5)))
+def test_order_of_the_batch_does_not_matter(solver: implicit.Solver, order: list[int]) -> None:
+    w, b = tanh_problem(5)
+    straight, mixed = solve_tanh(w, b, solver), solve_tanh(w[order], b[order], solver)
+    torch.testing.assert_close(mixed.value, straight.value[order], rtol=1e-9, atol=1e-12)
+    assert torch.equal(mixed.evaluations, straight.evaluations[order])
+    assert torch.equal(mixed.steps, straight.steps[order])
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_converged_samples_do_not_move(solver: implicit.Solver) -> None:
+    w, b = tanh_problem(5)
+    states: list[Tensor] = []
+
+    def f(y: Tensor) -> Tensor:
+        states.append(y.clone())
+        return torch.tanh(torch.einsum("bd,bde->be", y, w) + b)
+
+    with torch.no_grad():
+        solution = fixed_point(
+            f, torch.zeros_like(b), solver=solver, stop=Tolerance(rtol=1e-8, atol=0.0)
+        )
+    for i in range(5):
+        last = int(solution.evaluations[i]) - 1
+        for later in states[last:]:
+            assert torch.equal(later[i], states[last][i])
+        assert torch.equal(solution.value[i], states[last][i])
+    assert int(solution.evaluations.min()) < len(states)
+
+
+@pytest.mark.parametrize("solver", SECANT, ids=repr)
+@pytest.mark.parametrize("scale", [1e-6, 1e6, 2.0**-40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_units_of_the_state_do_not_matter(
+    solver: implicit.Solver, scale: float, dtype: torch.dtype
+) -> None:
+    """If ``f(y)`` is solved, so is ``c f(y / c)``, in the same number of evaluations."""
+    w, b = (x.to(dtype) for x in tanh_problem(4))
+    stop = Tolerance(rtol=1e-5, atol=0.0, max_steps=100)
+
+    def f(y: Tensor) -> Tensor:
+        return torch.tanh(torch.einsum("bd,bde->be", y, w) + b)
+
+    plain = fixed_point(f, torch.zeros_like(b), solver=solver, stop=stop)
+    scaled = fixed_point(
+        lambda y: scale * f(y / scale), torch.zeros_like(b), solver=solver, stop=stop
+    )
+    assert plain.converged.all()
+    assert torch.equal(plain.evaluations, scaled.evaluations)
+    torch.testing.assert_close(scaled.value / scale, plain.value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_sample_leaves_its_neighbours_alone(solver: implicit.Solver, bad: float) -> None:
+    w, b = tanh_problem(4)
+    good = solve_tanh(w, b, solver)
+    poisoned = w.clone()
+    poisoned[1] = bad
+    spoilt = solve_tanh(poisoned, b, solver)
+    others = [0, 2, 3]
+    assert spoilt.status.tolist() == [0, Status.DIVERGED, 0, 0]
+    torch.testing.assert_close(spoilt.value[others], good.value[others], rtol=1e-9, atol=1e-12)
+    assert torch.equal(spoilt.evaluations[others], good.evaluations[others])
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_a_sample_that_turns_bad_on_the_way(solver: implicit.Solver) -> None:
+    """NaN from the third evaluation on, in one sample only."""
+    w, b = tanh_problem(4)
+    good = solve_tanh(w, b, solver)
+    calls = []
+
+    def f(y: Tensor) -> Tensor:
+        calls.append(1)
+        image = torch.tanh(torch.einsum("bd,bde->be", y, w) + b)
+        if len(calls) >= 3:
+            image[2] = torch.nan
+        return image
+
+    with torch.no_grad():
+        spoilt = fixed_point(
+            f,
+            torch.zeros_like(b),
+            solver=solver,
+            stop=Tolerance(rtol=1e-8, atol=0.0, max_steps=200),
+        )
+    assert spoilt.status.tolist() == [0, 0, Status.DIVERGED, 0]
+    assert int(spoilt.evaluations[2]) == 3
+    others = [0, 1, 3]
+    torch.testing.assert_close(spoilt.value[others], good.value[others], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_a_bad_sample_under_fixed_steps(solver: implicit.Solver) -> None:
+    w, b = tanh_problem(4)
+    poisoned = w.clone()
+    poisoned[1] = torch.nan
+    good = solve_tanh(w, b, solver, stop=Steps(12))
+    spoilt = solve_tanh(poisoned, b, solver, stop=Steps(12))
+    assert spoilt.status.tolist() == [1, Status.DIVERGED, 1, 1]
+    others = [0, 2, 3]
+    torch.testing.assert_close(spoilt.value[others], good.value[others], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_a_solver_serves_many_solves(solver: implicit.Solver) -> None:
+    """Nested and repeated solves with one object do not disturb each other."""
+    w, b = tanh_problem(3)
+    first = solve_tanh(w, b, solver)
+
+    def outer(y: Tensor) -> Tensor:
+        inner = fixed_point(lambda z: 0.5 * torch.cos(z) + 0.1 * y, y, solver=solver, stop=TIGHT)
+        return inner.value
+
+    with torch.no_grad():
+        nested = fixed_point(outer, torch.zeros(2, 2, dtype=torch.float64), solver=solver)
+    assert nested.converged.all()
+    assert torch.equal(solve_tanh(w, b, solver).value, first.value)
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Naive(0.0), r"Naive\(damping=0\.0\): must lie in \(0, 1\]"),
+        (lambda: Naive(1.5), r"Naive\(damping=1\.5\): must lie in \(0, 1\]"),
+        (lambda: Naive(-0.5), r"Naive\(damping=-0\.5\): must lie in \(0, 1\]"),
+        (lambda: Naive(math.nan), r"Naive\(damping=nan\): must lie in \(0, 1\]"),
+        (lambda: Anderson(memory=0), r"Anderson\(memory=0\): at least one pair"),
+        (lambda: Anderson(memory=-1), r"Anderson\(memory=-1\): at least one pair"),
+        (lambda: Anderson(mixing=0.0), r"Anderson\(mixing=0\.0\): must lie in \(0, 1\]"),
+        (lambda: Anderson(mixing=2.0), r"Anderson\(mixing=2\.0\): must lie in \(0, 1\]"),
+        (lambda: Anderson(ridge=-1.0), r"Anderson\(ridge=-1\.0\): must not be negative"),
+        (lambda: Anderson(restart=1.0), r"Anderson\(restart=1\.0\): must be above 1"),
+        (lambda: Broyden(memory=0), r"Broyden\(memory=0\): at least one pair"),
+        (lambda: Broyden(restart=0.5), r"Broyden\(restart=0\.5\): must be above 1"),
+    ],
+)
+def test_options_out_of_range(make: Callable[[], Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("kind", [Anderson, Broyden])
+def test_memory_must_be_an_integer(kind: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="memory=2.5"):
+        kind(memory=2.5)
+
+
+@pytest.mark.parametrize("option", ["ridge", "restart"])
+def test_nan_is_not_an_option(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option}=nan"):
+        Anderson(**{option: math.nan})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Naive, "beta"), (Anderson, "m"), (Anderson, "max_iter"), (Broyden, "lamb")]
+)
+def test_unknown_options_are_refused(kind: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        kind(**{name: 1})
+
+
+def test_solvers_hold_nothing_but_options() -> None:
+    """Frozen: a solve cannot change the caller's object, and equal options are equal solvers."""
+    for solver in ALL:
+        with pytest.raises(AttributeError):
+            solver.memory = 3  # type: ignore[attr-defined]
+    assert Anderson(3) == Anderson(memory=3)
+    assert hash(Broyden(4)) == hash(Broyden(memory=4))
