@@ -15,6 +15,10 @@ from torch import Tensor
 from implicit.solvers.base import Solver
 from implicit.solvers.history import SecantHistory, combine, dot, write
 
+AGING = 100.0
+MOST_RIDGE = 1e-2
+"""The ridge of a pair grows a hundredfold with each step of its age, up to this."""
+
 
 class _Memory:
     def __init__(self, y: Tensor, size: int) -> None:
@@ -29,14 +33,15 @@ class Anderson(Solver):
     The least-squares problem is solved for each sample through its normal equations, whose matrix
     is kept up to date step by step.  They are scaled to unit diagonal before a ridge is added, so
     the solver does the same whatever the units of the state and however far the differences have
-    shrunk.  A sample whose residual grows far beyond the best it has seen forgets its history and
-    begins again from there.
+    shrunk.  The ridge is larger for older pairs: where the pairs depend on each other, it is the
+    new ones, taken nearest to the solution, that decide.  A sample whose residual grows far
+    beyond the best it has seen forgets its history and begins again from there.
 
     Args:
         memory: pairs of differences kept, ``m ≥ 1``.
         mixing: ``β`` in (0, 1]; how much of the residual is taken beside the extrapolation.
-        ridge: regularisation relative to the scaled normal equations; never less than the
-            rounding error of the working dtype.
+        ridge: regularisation of the newest pair, relative to the scaled normal equations; never
+            less than the rounding error of the working dtype.
         restart: growth of the residual over its best value that makes a sample begin again.
 
     Example:
@@ -48,7 +53,7 @@ class Anderson(Solver):
         True
     """
 
-    memory: int = 5
+    memory: int = 20
     mixing: float = 1.0
     ridge: float = 1e-10
     restart: float = 1e3
@@ -79,15 +84,16 @@ class Anderson(Solver):
         products = dot(dr, dr[:, slot])
         memory.gram = write(memory.gram, slot, _padded(products, self.memory))
         memory.gram = write(memory.gram.mT, slot, _padded(products, self.memory)).mT
-        gamma = self._mix(memory.gram[:, :n, :n], dot(dr, r), history.alive[:, :n])
+        gamma = self._mix(memory.gram[:, :n, :n], dot(dr, r), history)
         return plain - combine(gamma, dy) - self.mixing * combine(gamma, dr), memory
 
-    def _mix(self, gram: Tensor, target: Tensor, alive: Tensor) -> Tensor:
+    def _mix(self, gram: Tensor, target: Tensor, history: SecantHistory) -> Tensor:
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        usable = alive & (diagonal > 0)
+        usable = history.alive[:, : history.pairs] & (diagonal > 0)
         scale = torch.where(usable, diagonal, 1).rsqrt() * usable
-        ridge = max(self.ridge, 10 * torch.finfo(gram.dtype).eps)
-        unit = torch.diag_embed(torch.where(usable, ridge, 1.0).to(gram.dtype))
+        newest = max(self.ridge, 10 * torch.finfo(gram.dtype).eps)
+        ridge = (newest * AGING ** history.age.to(gram.dtype)).clamp(max=MOST_RIDGE)
+        unit = torch.diag_embed(torch.where(usable, ridge, 1.0))
         system = gram * scale.unsqueeze(1) * scale.unsqueeze(2) + unit
         solution, _ = torch.linalg.solve_ex(system, (scale * target).unsqueeze(2))
         gamma = scale * solution.squeeze(2)

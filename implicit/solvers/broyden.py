@@ -48,7 +48,7 @@ class Broyden(Solver):
         (0.739085, True)
     """
 
-    memory: int = 10
+    memory: int = 20
     restart: float = 1e3
 
     def __post_init__(self) -> None:

@@ -49,10 +49,14 @@ class SecantHistory:
         self.best = torch.where(lost, length, torch.minimum(self.best, length))
 
     @property
+    def age(self) -> Tensor:
+        """``(n,)`` int64: steps since the pair in each filled slot was recorded, 0 the newest."""
+        return (self.slot - torch.arange(self.pairs, device=self.dy.device)) % self.pairs
+
+    @property
     def later(self) -> Tensor:
         """``(n, n)`` bool: whether the pair in slot ``i`` is younger than the one in slot ``j``."""
-        rank = (torch.arange(self.pairs, device=self.dy.device) - self.slot - 1) % self.pairs
-        return rank[:, None] > rank[None, :]
+        return self.age[:, None] < self.age[None, :]
 
 
 def write(buffer: Tensor, slot: int, value: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -323,7 +326,7 @@ def test_incoming_gradient_through_a_nonlinear_function() -> None:
     cell = Cell()
     found = run(cell, *inputs())
     (0.1 * found.loss).exp().backward()
-    assert_same(grads(cell), reference(), 0.1 * float((0.1 * found.loss).exp()))
+    assert_same(grads(cell), reference(), 0.1 * float((0.1 * found.loss.detach()).exp()))
 
 
 def test_retained_graph() -> None:
@@ -363,36 +366,52 @@ def test_gradient_flows_on_through_a_non_leaf_argument() -> None:
     assert_same(grads(cell), grads(twin))
 
 
-def test_one_tensor_in_two_places() -> None:
-    """As argument twice and as parameter too: the gradient arrives once, complete."""
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ("", "w"),  # closed over and named
+        ("w", ""),  # an argument
+        ("ww", ""),  # the same argument twice
+        ("w", "w"),  # an argument that is also among the parameters (of the same module, say)
+        ("", "ww"),  # named twice
+        ("w", "w and closed over"),  # both ways into f
+    ],
+)
+def test_one_tensor_in_several_places(args: str, named: str) -> None:
+    """The gradient of a tensor is complete and arrives once, however often it is handed in."""
     x, target = inputs()
     w = nn.Parameter(0.2 * torch.ones(4, dtype=torch.float64))
+    closed = w if "closed" in named or not args else None
 
-    def total(path: bool) -> Tensor:
-        def f(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            return torch.sin(a * y + b * x)
+    def f(y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        one = w if a is None else a
+        other = closed if closed is not None else (one if b is None else b)
+        return torch.sin(one * y + other * x)
 
-        if path:
-            return supervise(
-                f,
-                torch.zeros_like(target),
-                loss_to(target),
-                at=(1, 4),
-                args=(w, w),
-                parameters=[w, w],
-            ).loss
-        with torch.no_grad():
-            states = fixed_point(
-                lambda y: f(y, w, w), torch.zeros_like(x), solver=Naive(), stop=Steps(4), path=(1, 4)
-            ).path
-        return sum(
-            (loss_to(target)(f(f(s, w, w), w, w), n) for n, s in zip((1, 4), states, strict=True)),
-            torch.zeros((), dtype=torch.float64),
-        )
+    found = supervise(
+        f,
+        torch.zeros_like(target),
+        loss_to(target),
+        at=(1, 4),
+        args=(w,) * args.count("w"),
+        parameters=[w] * named.split(" ")[0].count("w"),
+    ).loss
+    found.backward()
 
-    (found,) = torch.autograd.grad(total(True), w)
-    (wanted,) = torch.autograd.grad(total(False), w)
-    torch.testing.assert_close(found, wanted)
+    def g(y: Tensor) -> Tensor:
+        return torch.sin(w * y + w * x)
+
+    with torch.no_grad():
+        states = fixed_point(
+            g, torch.zeros_like(x), solver=Naive(), stop=Steps(4), path=(1, 4)
+        ).path
+    total = torch.zeros((), dtype=torch.float64)
+    for n, state in zip((1, 4), states, strict=True):
+        total = total + loss_to(target)(g(g(state)), n)
+    (wanted,) = torch.autograd.grad(total, w)
+    torch.testing.assert_close(found.detach(), total.detach())
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, wanted)
 
 
 def test_arguments_inside_pytrees() -> None:
@@ -486,11 +505,22 @@ def test_without_gradients() -> None:
 
 
 def test_double_backward_raises() -> None:
+    """A gradient penalty must not quietly count as a constant."""
     cell = Cell()
     loss = run(cell, *inputs()).loss
-    (first,) = torch.autograd.grad(loss, cell.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError):
+        (first,) = torch.autograd.grad(loss, cell.weight, create_graph=True)
+        (loss + first.square().sum()).backward()
+
+
+def test_double_backward_with_a_factor_raises() -> None:
+    """The same where the incoming gradient itself depends on something to be trained."""
+    cell = Cell()
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    loss = factor * run(cell, *inputs()).loss
+    with pytest.raises(RuntimeError):
+        (first,) = torch.autograd.grad(loss, cell.weight, create_graph=True)
+        first.square().sum().backward()
 
 
 def test_scaler_and_clipping() -> None:
@@ -622,26 +652,43 @@ def test_memory_grows_with_the_terms() -> None:
     assert peak_saved(AT, RAG(1)) < peak_saved(AT, RAG(2)) < peak_saved(AT, RAG(4))
 
 
+class Token:
+    """Something to hold a weak reference to."""
+
+
+class Marked(torch.autograd.Function):
+    """The identity; its node holds a token for as long as the graph lives."""
+
+    tokens: ClassVar[list[weakref.ref[Token]]] = []
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.token = Token()
+        Marked.tokens.append(weakref.ref(ctx.token))
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 def test_graph_of_a_position_is_freed_before_the_next() -> None:
-    """Intermediate tensors of a position are gone when the next one is reached."""
     cell = Cell()
     x, target = inputs()
-    earlier: list[weakref.ref[Any]] = []
+    Marked.tokens.clear()
 
     def loss(y: Tensor, position: int) -> Tensor:
-        assert all(ref() is None for ref in earlier)
-        earlier.append(weakref.ref(y.grad_fn))
-        return y.square().mean()
+        assert all(token() is None for token in Marked.tokens)
+        marked = Marked.apply(y)
+        assert Marked.tokens[-1]() is not None
+        return marked.square().mean()
 
-    supervise(
-        cell,
-        torch.zeros_like(target),
-        loss,
-        at=AT,
-        args=(x,),
-        parameters=cell.parameters(),
+    found = supervise(
+        cell, torch.zeros_like(target), loss, at=AT, args=(x,), parameters=cell.parameters()
     )
-    assert len(earlier) == len(AT)
+    assert len(Marked.tokens) == len(AT)
+    assert found.loss.requires_grad
+    assert all(token() is None for token in Marked.tokens)
 
 
 # -- several processes ---------------------------------------------------------------------------
@@ -673,23 +720,30 @@ def _rank(rank: int, address: str, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="this build of torch has no gloo",
-)
-def test_distributed_gradients_are_the_mean_of_the_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    address = f"file://{tmp_path / 'rendezvous'}"
-    torch.multiprocessing.start_processes(
-        _rank, args=(address, str(tmp_path)), nprocs=2, start_method="spawn"
-    )
+def test_distributed_gradients_are_the_mean_of_the_ranks(tmp_path: Path) -> None:
+    """Two processes under DistributedDataParallel, each with samples of its own."""
+    home = str(Path(implicit.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": home}
+    address = (tmp_path / "rendezvous").as_uri()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), address, str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        messages = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(messages)
     for seed in (5, 7):
-        mean = [
-            (a + b) / 2
-            for a, b in zip(reference(seed=seed)[:2], reference(seed=seed + 1)[:2], strict=True)
-            if a is not None and b is not None
+        ones, twos = reference(seed=seed)[:2], reference(seed=seed + 1)[:2]
+        mean: list[Tensor | None] = [
+            (a + b) / 2 for a, b in zip(ones, twos, strict=True) if a is not None and b is not None
         ]
         assert len(mean) == 2
         for rank in range(2):
@@ -822,3 +876,7 @@ def test_noise_repeats_with_the_generator() -> None:
     for a, b in zip(one[1], again[1], strict=True):
         assert a is None or torch.equal(a, b)  # type: ignore[arg-type]
     assert not torch.equal(one[0], other[0])
+
+
+if __name__ == "__main__":  # one rank of the distributed test
+    _rank(int(sys.argv[1]), *sys.argv[2:])
