@@ -98,8 +98,8 @@ class Options:
         recipe: the settings to begin from; every one of them can be changed by the options
             below.
         data: folder laid out as COCO; by default the embedded digits are composed.
-        run: folder of the run; by default a new one below runs/.
-        resume: go on from the last checkpoint of --run.
+        output: folder of the run; by default a new one below runs/.
+        resume: go on from the last checkpoint of --output.
         evaluate: only evaluate this checkpoint.
         predict: only detect objects in these images, with --checkpoint.
         checkpoint: what to detect with.
@@ -111,7 +111,7 @@ class Options:
 
     recipe: str = "deqdet_digits"
     data: Path | None = None
-    run: Path | None = None
+    output: Path | None = None
     resume: bool = False
     evaluate: Path | None = None
     predict: tuple[Path, ...] = ()
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted; --resume with the same --run goes on.")
+        Console(stderr=True).print("Interrupted; --resume with the same --output goes on.")
         return 130
     return 0
 
@@ -160,7 +160,7 @@ def run_training(options: Options, distributed: Distributed, console: Console) -
     if distributed.is_main:
         for dataset in (train_set, val_set):
             check_images(dataset)
-    folder = options.run or new_run(options.recipe, distributed)
+    folder = options.output or new_run(options.recipe, distributed)
     trained = train(
         settings.for_classes(len(train_set.categories)),
         train_set,
@@ -209,7 +209,7 @@ def run_prediction(options: Options, distributed: Distributed, console: Console)
         raise ValueError("--predict needs --checkpoint: the .safetensors file of a run.")
     model, settings, categories = load_detector(options.checkpoint)
     found = predict(model.to(distributed.device), options.predict, settings.augmentation)
-    folder = options.run or new_run("predictions", distributed)
+    folder = options.output or new_run("predictions", distributed)
     records = []
     for number, (path, detections) in enumerate(zip(options.predict, found, strict=True)):
         image = read_image(path)

@@ -12,7 +12,7 @@ from implicit.gradients import Gradient, Implicit
 from implicit.solution import Solution
 from implicit.solve import Outcome, solve
 from implicit.solvers import Anderson, Solver
-from implicit.state import FlatMap, Layout, State
+from implicit.state import FlatMap, Layout, State, StateError
 from implicit.stopping import Steps, Stop, Tolerance
 
 _DEFAULT_SOLVER = Anderson()
@@ -52,8 +52,9 @@ def fixed_point(
         A `Solution`: the value with its status, counts and residuals per sample.
 
     Raises:
-        StateError: if ``y0`` is no state, or ``f(y0)`` differs from it in structure, shape, dtype
-            or device.
+        StateError: if ``y0`` is no state, if no sample of it is finite (with `Tolerance`; a
+            single bad sample is `Status.DIVERGED` and its neighbours are solved), or if ``f(y0)``
+            differs from it in structure, shape, dtype or device.
         TypeError: if solver, stop or gradient is not one.
         ValueError: if ``path`` is not rising or goes beyond the steps that ``stop`` allows.
 
@@ -72,6 +73,9 @@ def fixed_point(
     _check_path(path, stop)
     layout = Layout(y0)
     flat = FlatMap(f, layout, args, has_aux)
+    start = layout.pack(y0)
+    if isinstance(stop, Tolerance):  # which waits for the device anyway
+        _check_finite(start)
     wanted: dict[int, Tensor] = {}
 
     def visit(n: int, before: Tensor, after: Tensor) -> None:
@@ -81,7 +85,7 @@ def fixed_point(
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient.tracks_path):
         outcome = solve(
             flat,
-            layout.pack(y0),
+            start,
             solver,
             stop,
             visit=visit if path else None,
@@ -192,6 +196,14 @@ def _check_choices(f: Any, solver: Any, stop: Any, gradient: Any) -> None:
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name}={value!r} is not a {name}: pass an object such as {example}.")
+
+
+def _check_finite(start: Tensor) -> None:
+    if not torch.isfinite(start.detach()).all(dim=1).any():
+        raise StateError(
+            "y0 is not finite in any sample: it holds NaN or infinity. Look at what made it, or "
+            "start from zeros."
+        )
 
 
 def _check_path(path: Sequence[int], stop: Stop) -> None:

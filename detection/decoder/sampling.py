@@ -31,6 +31,13 @@ class Sampling3D(nn.Module):
         groups: ``G``, channel groups of the features, each with points of its own.
         points: ``P`` per group.
         strides: of the pyramid's levels, in pixels.
+
+    Example:
+        >>> sampling = Sampling3D(16, groups=2, points=4, strides=(4, 8))
+        >>> maps = [torch.randn(1, 6, 8, 8), torch.randn(1, 6, 4, 4)]
+        >>> position = torch.tensor([16.0, 16.0, 3.0, 0.0]).expand(1, 5, 4)
+        >>> sampling(torch.randn(1, 5, 16), position, maps).shape
+        torch.Size([1, 5, 2, 4, 3])
     """
 
     def __init__(self, content_dim: int, groups: int, points: int, strides: Sequence[int]) -> None:
@@ -75,7 +82,8 @@ def sample_pyramid(
         groups: ``G``.
 
     Returns:
-        ``(B, N, G, P, C/G)``.
+        ``(B, N, G, P, C/G)`` in the dtype of the features; computed in the wider one of theirs
+        and that of the points.
 
     Example:
         >>> maps = [torch.ones(1, 4, 8, 8), torch.ones(1, 4, 4, 4)]
@@ -84,23 +92,27 @@ def sample_pyramid(
         [1.0]
     """
     batch, queries, _, count, _ = points.shape
-    by_group = points.transpose(1, 2).flatten(0, 1)
-    scales = by_group.new_tensor([math.log2(s) for s in strides])
-    # Levels come first: a softmax over the few of them then runs along whole rows of points.
-    distance = by_group[..., 2] - scales[:, None, None, None]
-    weights = (distance.square() * (-1 / TAU)).softmax(dim=0).to(features[0].dtype)
+    x, y, z = points.permute(4, 0, 2, 1, 3).flatten(1, 2).unbind(0)
+    # Strides and extents stay Python numbers: a tensor made of them would have to be copied to
+    # the device at every call.  Levels come first: the softmax then runs along rows of points.
+    distance = torch.stack([z - math.log2(stride) for stride in strides])
+    weights = (distance.square() * (-1 / TAU)).softmax(dim=0).unbind(0)
+    # Coordinates in bfloat16 would miss by pixels.
+    dtype = torch.promote_types(points.dtype, features[0].dtype)
+    grids: dict[tuple[int, int], Tensor] = {}
     total: Tensor | None = None
-    for level, (stride, feature) in enumerate(zip(strides, features, strict=True)):
+    for stride, feature, weight in zip(strides, features, weights, strict=True):
         height, width = feature.shape[-2:]
-        extent = by_group.new_tensor([width * stride, height * stride])
-        grid = (by_group[..., :2] * (2 / extent) - 1).to(feature.dtype)
-        sampled = F.grid_sample(
-            feature.reshape(batch * groups, -1, height, width), grid, align_corners=False
-        )
-        sampled = sampled * weights[level, :, None]
+        extent = (width * stride, height * stride)
+        if extent not in grids:
+            place = (x * (2 / extent[0]) - 1, y * (2 / extent[1]) - 1)
+            grids[extent] = torch.stack(place, dim=-1).to(dtype)
+        by_group = feature.to(dtype).reshape(batch * groups, -1, height, width)
+        sampled = F.grid_sample(by_group, grids[extent], align_corners=False) * weight[:, None]
         total = sampled if total is None else total + sampled
     assert total is not None
-    return total.view(batch, groups, -1, queries, count).permute(0, 3, 1, 4, 2)
+    total = total.view(batch, groups, -1, queries, count).permute(0, 3, 1, 4, 2)
+    return total.to(features[0].dtype)
 
 
 def _initial_offsets(groups: int, points: int) -> Tensor:

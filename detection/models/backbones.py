@@ -6,11 +6,13 @@ some hundred pixels on a CPU, trained from random weights.
 
 from __future__ import annotations
 
+import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -22,14 +24,14 @@ class PretrainedUnavailable(RuntimeError):
     """ImageNet weights are neither at hand nor to be fetched."""
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Images ``(B, 3, H, W)`` in, four feature maps out; ``channels`` says how wide each is."""
 
     channels: tuple[int, int, int, int]
 
+    @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps ``(B, channels[i], H/s, W/s)`` for ``s`` = 4, 8, 16, 32."""
-        raise NotImplementedError
 
 
 class ResNetBackbone(Backbone):
@@ -58,6 +60,7 @@ class ResNetBackbone(Backbone):
         frozen = [self.conv1, self.bn1, *stages[:frozen_stages]] if frozen_stages else []
         for module in frozen:
             module.requires_grad_(False)
+        self.train()
 
     def train(self, mode: bool = True) -> ResNetBackbone:
         """As always, but for the batch norms, which keep their statistics."""
@@ -178,13 +181,16 @@ def build_backbone(name: str, *, pretrained: bool = False, frozen_stages: int = 
 
 def _torchvision(name: str, weights: Any) -> Any:
     build: Callable[..., nn.Module] = getattr(torchvision.models, name)
+    if weights is None:
+        return build(weights=None)
     try:
         return build(weights=weights)
-    except (URLError, OSError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
+    except (OSError, HTTPException, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        what = "read" if file.exists() else "fetched"
         raise PretrainedUnavailable(
-            f"The ImageNet weights of {name} could not be fetched from {weights.url} ({error}). "
-            f"Either put that file into {folder}, or train from random weights "
+            f"The ImageNet weights of {name} could not be {what} ({error}). Either download "
+            f"{weights.url} by hand and put it at {file}, or train from random weights "
             "(--model.backbone.no-pretrained)."
         ) from error
 

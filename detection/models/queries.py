@@ -33,5 +33,7 @@ class LearnedQueries(nn.Module):
         """Queries for images of ``sizes (B, 2)``, (h, w) in pixels."""
         batch, number = len(sizes), len(self.content)
         content = F.layer_norm(self.content, self.content.shape[1:]).expand(batch, -1, -1)
-        boxes = F.pad(sizes.flip(1).to(content.dtype), (2, 0))[:, None].expand(-1, number, -1)
+        # bfloat16 has no room for the pixels of an image.
+        dtype = torch.promote_types(content.dtype, torch.float32)
+        boxes = F.pad(sizes.flip(1).to(dtype), (2, 0))[:, None].expand(-1, number, -1)
         return Queries(encode_boxes(boxes), content, boxes)

@@ -150,7 +150,7 @@ class _Run:
         if not resume and previous is not None:
             raise TrainingError(
                 f"{folder} holds the checkpoints of another run, which is left as it is. Resume "
-                "it (--resume), or choose another folder (--run)."
+                "it (--resume), or choose another folder (--output)."
             )
         torch.manual_seed(recipe.seed)
         self.recipe, self.distributed, self.checkpoints = recipe, distributed, checkpoints

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +88,7 @@ def test_main_job(
 ) -> None:
     """Composes, trains, evaluates and draws; the loss falls and the AP is above chance."""
     monkeypatch.chdir(tmp_path)
-    assert example.main([*SHORT, "--run", "run"]) == 0
+    assert example.main([*SHORT, "--output", "run"]) == 0
     printed = capsys.readouterr().out
     assert "AP50" in printed
     assert "gradient norm" in printed
@@ -123,7 +125,7 @@ def test_main_job(
     assert example.main([*SHORT, "--evaluate", str(best)]) == 0
     assert f"{final['AP']:.3f}" in capsys.readouterr().out
     picture = val.path(0)
-    command = ["--predict", str(picture), "--checkpoint", str(best), "--run", "found"]
+    command = ["--predict", str(picture), "--checkpoint", str(best), "--output", "found"]
     assert example.main(command) == 0
     records = json.loads((tmp_path / "found" / "detections.json").read_text())
     assert records
@@ -204,6 +206,26 @@ def test_prediction_matches_evaluation_and_ignores_the_batch(digits: Path, tmp_p
         torch.testing.assert_close(alone.scores, found.scores, atol=1e-5, rtol=0)
     scores = [evaluate(trained.model, val, batch_size=size) for size in (1, 8)]
     assert repr(scores[0]) == repr(scores[1])
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(digits: Path, tmp_path: Path) -> None:
+    """Under torchrun, one process writes, all train, and every image is scored once."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+        *(str(EXAMPLE), "--data", str(digits), "--output", str(tmp_path / "run"), "--device", "cpu"),
+        *("--augmentation.short-sides", "64", "--augmentation.max-size", "64"),
+        *("--optimization.epochs", "1", "--optimization.batch-size", "8"),
+        *("--model.decoder.train-steps", "3", "--model.decoder.multiples", "1"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = read_json_lines(tmp_path / "run" / "log.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert done.stdout.count("COCO box metrics") == 1
+    _, _, categories = load_detector(tmp_path / "run" / "checkpoints" / "best.safetensors")
+    assert len(categories) == 10
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_bptt_with_tolerance_against_finite_differences() -> None:
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("rate", [1.0, 0.4])
 def test_unrolled_gradients_against_finite_differences(k: int, rate: float) -> None:
-    """RAG(k) and Phantom(k, λ) are the derivative of their k steps from the solution, held fixed."""
+    """RAG(k) and Phantom(k, λ) are the derivative of their k steps from a fixed solution."""
     w, x, y0 = problem()
     gradient = RAG(k) if rate == 1 else Phantom(k, rate)
     solution = fixed_point(lambda y: cell(y, w, x), y0, stop=TIGHT, gradient=gradient)

@@ -304,9 +304,7 @@ def test_secant_solvers_learn_from_where_the_noise_put_them(solver: implicit.Sol
         perturbation=[Perturbation(GaussianNoise(1e-8), 1.0)],
         generator=generator(1),
     )
-    torch.testing.assert_close(
-        found.value, (1 / (1 - a)).expand(2, 3), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(found.value, (1 / (1 - a)).expand(2, 3), rtol=1e-5, atol=1e-5)
 
 
 # -- bad input -----------------------------------------------------------------------------------

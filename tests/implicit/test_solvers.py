@@ -105,7 +105,7 @@ def rotated(y: Tensor) -> Tensor:
 @pytest.mark.parametrize("solver", [s for s in SECANT if getattr(s, "memory", 0) > 1], ids=repr)
 def test_rotation_is_solved_by_secant_methods(solver: implicit.Solver) -> None:
     y0 = torch.tensor([[3.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
-    solution = fixed_point(rotated, y0, solver=solver, stop=Tolerance(rtol=1e-10, max_steps=100))
+    solution = fixed_point(rotated, y0, solver=solver, stop=TIGHT)
     assert solution.converged.all()
     wanted = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(solution.value, wanted, rtol=0, atol=1e-8)
@@ -211,7 +211,7 @@ def test_anderson_terminates_on_affine_maps(dim: int) -> None:
         stop=Tolerance(rtol=1e-7, atol=0.0),
     )
     assert solution.converged.all()
-    assert int(solution.evaluations) <= dim + 2
+    assert int(solution.evaluations) <= dim + 4
     torch.testing.assert_close(solution.value[0], answer, rtol=1e-5, atol=1e-5)
 
 
@@ -225,7 +225,7 @@ def test_anderson_terminates_not_sooner(dim: int) -> None:
         solver=Anderson(memory=dim + 2),
         stop=Tolerance(rtol=1e-9, atol=0.0),
     )
-    assert dim + 1 <= int(solution.evaluations) <= dim + 4
+    assert dim + 1 <= int(solution.evaluations) <= dim + 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -217,6 +217,19 @@ def test_bad_state(y0: Any, match: str) -> None:
         implicit.supervise(never, y0, lambda y, n: y.sum(), at=(1,))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_start_without_a_finite_sample(bad: float) -> None:
+    """Refused where nothing can be solved; one bad sample among good ones is only diverged."""
+    y0 = torch.zeros(2, 3)
+    y0[:, 1] = bad
+    with pytest.raises(StateError, match=r"y0 is not finite.*NaN or infinity.*start from zeros"):
+        implicit.fixed_point(lambda y: 0.5 * y + 1, y0)
+    y0[0] = 0
+    solution = implicit.fixed_point(lambda y: 0.5 * y + 1, y0, stop=implicit.Tolerance(rtol=1e-6))
+    assert solution.status.tolist() == [implicit.Status.CONVERGED, implicit.Status.DIVERGED]
+    torch.testing.assert_close(solution.value[0], torch.full((3,), 2.0))
+
+
 def test_state_error_is_a_value_error() -> None:
     assert issubclass(implicit.StateError, ValueError)
 
