@@ -33,7 +33,7 @@ def plot_training(
 
     Args:
         log: records with ``step``, ``loss`` and ``gradient_norm``, as the training loop writes
-            them; those of an evaluation have ``scores`` with ``AP`` instead, or ``AP``.
+            them; those of an evaluation have ``scores`` with ``AP`` instead.
         residuals: ``(steps, images)`` relative residual at each refinement; `None` leaves the
             panel out.
         path: of the PNG.
@@ -69,34 +69,37 @@ def plot_training(
         (axes[1], "gradient_norm", "Gradient norm", _VIOLET),
     ):
         values = np.array([record[name] for record in rows], dtype=float)
+        values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
         axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
         axis.plot(steps, smoothed(values), color=colour, linewidth=2.2)
         _style(axis, title, "training step", values)
-    evaluated = [(record["step"], record.get("scores", record)) for record in log]
-    found = [(step, scores["AP"]) for step, scores in evaluated if "AP" in scores]
+    scored = [(record["step"], record["scores"].get("AP")) for record in log if "scores" in record]
+    found = [(step, value) for step, value in scored if value is not None and value == value]
     if found:
         _precision(axes[0], found)
     if residuals is not None:
-        _residual(axes[2], residuals.double().cpu().numpy())
+        _residual(axes[2], residuals.detach().double().cpu().numpy())
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
 def smoothed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Geometric mean around each value, with Gaussian weights of 1/60 of the length.
+    """Geometric mean of the known values around each, with Gaussian weights of 1/60 of the length.
 
-    A straight line on a logarithmic scale stays where it is, so nothing lags behind.
+    A straight line on a logarithmic scale stays where it is, so nothing lags behind.  NaN is
+    unknown, and stays NaN where nothing is known nearby.
 
     Example:
-        >>> smoothed(np.full(100, 3.0)).round(6).tolist() == [3.0] * 100
-        True
+        >>> smoothed(np.array([3.0, np.nan, 3.0])).round(6).tolist()
+        [3.0, 3.0, 3.0]
     """
     width = max(len(values) / 60, 1.0)
     reach = min(math.ceil(3 * width), (len(values) - 1) // 2)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    logarithms = np.log(np.maximum(values, np.finfo(float).tiny))
-    known = np.convolve(np.ones(len(values)), weights, "same")
-    return np.asarray(np.exp(np.convolve(logarithms, weights, "same") / known))
+    known = ~np.isnan(values)
+    share = np.convolve(known.astype(float), weights, "same")
+    logarithms = np.convolve(np.log(np.where(known, values, 1.0)), weights, "same")
+    return np.exp(np.divide(logarithms, share, out=np.full(len(values), np.nan), where=share > 0))
 
 
 def _precision(axis: Axes, found: Sequence[tuple[int, float]]) -> None:
@@ -121,12 +124,16 @@ def _precision(axis: Axes, found: Sequence[tuple[int, float]]) -> None:
 
 def _residual(axis: Axes, values: np.ndarray[Any, Any]) -> None:
     # Quantiles that are values of the data also stand where some images diverged.
-    finite = np.where(np.isfinite(values), values, np.inf)
-    low, middle, high = np.quantile(finite, (0.1, 0.5, 0.9), axis=1, method="nearest")
+    worst = np.where(np.isfinite(values), values, np.inf)
+    quantiles = np.quantile(worst, (0.1, 0.5, 0.9), axis=1, method="nearest")
+    shown = quantiles[np.isfinite(quantiles) & (quantiles > 0)]
+    # A logarithmic axis has no place for 0 or infinity: they lie on the edge of what it shows.
+    edges = (shown.min(), shown.max()) if shown.size else (np.nan, np.nan)
+    low, middle, high = quantiles.clip(*edges)
     steps = np.arange(1, len(values) + 1)
     axis.fill_between(steps, low, high, color=_RED, alpha=0.18, linewidth=0, label="10–90 %")
     axis.plot(steps, middle, "-o", color=_RED, linewidth=2.2, markersize=4, label="median")
-    _style(axis, "Relative residual of the refinement", "refinement step", finite)
+    _style(axis, "Relative residual of the refinement", "refinement step", shown)
     count = values.shape[1]
     legend = axis.legend(
         title=f"{count} image{'s' if count > 1 else ''}",

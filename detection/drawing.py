@@ -104,8 +104,8 @@ class Canvas:
 
     def __init__(self, picture: Image.Image, scale: float) -> None:
         self.picture, self.scale = picture, scale
-        self.line = max(1, round(max(picture.size) / 250))
-        self.font = font(min(max(round(max(picture.size) / 36), 11), 28))
+        self.line = max(2, round(max(picture.size) / 200))
+        self.font = font(min(max(round(max(picture.size) / 32), 12), 28))
         self._draw = ImageDraw.Draw(picture, "RGBA")  # colours with opacity are blended
         self._boxes: list[Rectangle] = []
         self.tags: list[Rectangle] = []

@@ -81,13 +81,14 @@ def draw_detections(
     """
     canvas = Canvas(as_picture(image, scale), scale)
     shown = detections.above(threshold)
+    empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    boxes, labels = (part.cpu() for part in truth or empty)
+    # Below the detections: where both agree, the colour of the class is seen.
+    for box in boxes:
+        canvas.dashed(box)
     # The surest lies on top, and its label has the first choice of a place.
     for box, label in zip(shown.boxes.flip(0), shown.labels.flip(0).tolist(), strict=True):
         canvas.outline(box, class_colour(label))
-    empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    boxes, labels = (part.cpu() for part in truth or empty)
-    for box in boxes:
-        canvas.dashed(box)
     for box, score, label in zip(
         shown.boxes, shown.scores.tolist(), shown.labels.tolist(), strict=True
     ):

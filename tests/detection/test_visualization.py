@@ -282,6 +282,22 @@ def test_images_that_diverged_do_not_stop_the_plot(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").exists()
 
 
+def test_gaps_in_the_log_do_not_stop_the_plot(tmp_path: Path) -> None:
+    log = training_log(90)
+    log[10]["loss"], log[30]["loss"], log[50]["gradient_norm"] = math.nan, math.inf, 0.0
+    log += [{"step": 90, "epoch": 1, "scores": {"AP": value}} for value in (None, math.nan)]
+    residuals = torch.tensor([[1.0], [0.1], [0.0]], requires_grad=True)
+    plot_training(log, residuals, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_smoothing_bridges_gaps() -> None:
+    values = np.full(300, 7.0)
+    values[[0, 100, 101, 299]] = math.nan
+    np.testing.assert_allclose(smoothed(values), 7.0)
+    assert np.isnan(smoothed(np.full(5, math.nan))).all()
+
+
 def test_plots_need_a_log_and_a_table_of_residuals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no training record"):
         plot_training([{"step": 1, "scores": {"AP": 0.1}}], None, tmp_path / "plot.png")
