@@ -54,6 +54,7 @@ PROBLEMS = (
     CheckpointError,
     DataError,
     DeviceError,
+    OSError,
     NonFiniteCost,
     PretrainedUnavailable,
     TrainingError,

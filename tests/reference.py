@@ -48,9 +48,10 @@ NAMES = {
 
 
 def numbers(name: str) -> dict[str, Tensor]:
-    """The arrays of a fixture."""
+    """The arrays of numbers in a fixture."""
     with np.load(FIXTURES / f"{name}.npz") as stored:
-        return {key: torch.from_numpy(stored[key]) for key in stored.files}
+        arrays = {key: stored[key] for key in stored.files}
+    return {key: torch.from_numpy(a) for key, a in arrays.items() if a.dtype.kind != "U"}
 
 
 def published_weights(seed: int = 101) -> dict[str, Tensor]:
@@ -76,16 +77,20 @@ def published_weights(seed: int = 101) -> dict[str, Tensor]:
     return weights
 
 
+def our_name(name: str, prefix: str) -> str | None:
+    """Our name of a published tensor; ``None`` if it is not of this layer, or never used."""
+    short = name.removeprefix(prefix)
+    if short == name or "instance_interactive_conv" in short:
+        return None
+    module, _, kind = short.rpartition(".")
+    return NAMES[short] if short in NAMES else f"{NAMES[module]}.{kind}"
+
+
 def layer(index: int) -> RefinementLayer:
     """The initialisation layer (0) or the refinement layer (1) of the fixtures, in float64."""
     prefix = f"roi_head.bbox_head.{index}."
-    state = {}
-    for name, value in published_weights().items():
-        short = name.removeprefix(prefix)
-        if short != name and "instance_interactive_conv" not in short:  # never called
-            module, _, kind = short.rpartition(".")
-            ours = NAMES[short] if short in NAMES else f"{NAMES[module]}.{kind}"
-            state[ours] = value
+    named = {our_name(name, prefix): value for name, value in published_weights().items()}
+    state = {name: value for name, value in named.items() if name is not None}
     filled = RefinementLayer(CONFIG).double()
     filled.load_state_dict(state)
     return filled

@@ -380,7 +380,7 @@ def test_wrong_choices_for_evaluation(options: dict[str, Any], match: str) -> No
 
 def test_positional_options_are_refused() -> None:
     with pytest.raises(TypeError, match="positional"):
-        fixed_point(never, torch.zeros(1, 1), Anderson())  # type: ignore[misc]
+        fixed_point(never, torch.zeros(1, 1), Anderson())  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("f", [None, torch.zeros(2), "cos"])

@@ -18,8 +18,10 @@ from torch import Tensor
 
 import implicit
 from implicit import GaussianNoise, Naive, NormScaledNoise, Perturbation, standard_normal, supervise
+from implicit.perturbation import Entry
 
 AT = (1, 3, 4, 7)
+ENTRIES: tuple[Entry, ...] = ("multi-step", "one-step", "zero-step")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -235,7 +237,7 @@ def test_later_entries_are_refined_more() -> None:
             at=(1, 30),
             gradient=implicit.JFB(),
             args=(torch.tensor(a, dtype=torch.float64, requires_grad=True),),
-            perturbation=[Perturbation(GaussianNoise(1.0), 1.0, entry)],  # type: ignore[arg-type]
+            perturbation=[Perturbation(GaussianNoise(1.0), 1.0, entry)],
             generator=generator(5),
         )
         size[entry] = float(found.losses[-1])
@@ -305,6 +307,105 @@ def test_secant_solvers_learn_from_where_the_noise_put_them(solver: implicit.Sol
         generator=generator(1),
     )
     torch.testing.assert_close(found.value, (1 / (1 - a)).expand(2, 3), rtol=1e-5, atol=1e-5)
+
+
+def test_entries_go_together() -> None:
+    """Noise on the path, before the last step and on the supervised state, all at once."""
+    f, w, y = problem()
+    tables = {
+        name: torch.randn(10, 3, 5, generator=generator(i), dtype=y.dtype)
+        for i, name in enumerate(ENTRIES)
+    }
+    taken = dict.fromkeys(tables, 0)
+
+    def from_table(name: Entry) -> Callable[[Tensor, Any], Tensor]:
+        def noise(state: Tensor, generator: torch.Generator | None) -> Tensor:
+            taken[name] += 1
+            return state + tables[name][taken[name] - 1]
+
+        return noise
+
+    found = supervise(
+        f,
+        y,
+        lambda y, n: y.square().mean(),
+        at=AT,
+        args=(w,),
+        solver=Naive(0.7),
+        perturbation=[Perturbation(from_table(name), 1.0, name) for name in ENTRIES],
+    )
+    assert taken == {"multi-step": AT[-1], "one-step": len(AT), "zero-step": len(AT)}
+    losses: list[Tensor] = []
+    for n in range(1, AT[-1] + 1):
+        y = y + tables["multi-step"][n - 1]
+        before = y
+        y = (0.3 * y + 0.7 * f(y, w)).detach()
+        if n in AT:
+            start = (
+                f(before + tables["one-step"][len(losses)], w) + tables["zero-step"][len(losses)]
+            )
+            losses.append(f(f(start.detach(), w), w).square().mean())
+    torch.testing.assert_close(found.losses, torch.stack(losses).detach())
+    torch.testing.assert_close(found.value, y)
+    (gradient,) = torch.autograd.grad(found.loss, w)
+    (wanted,) = torch.autograd.grad(torch.stack(losses).sum(), w)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_noise_is_not_differentiated() -> None:
+    """With ``f(y) = w y`` and noise that depends on ``w`` the gradient is ``2 w y₂``, y₂ fixed."""
+    w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    found = supervise(
+        lambda y: w * y,
+        torch.ones(1, 1, dtype=torch.float64),
+        lambda y, n: y.sum(),
+        at=(2,),
+        perturbation=[Perturbation(lambda state, generator: state + w + 1, 1.0)],
+        parameters=[w],
+    )
+    y = 0.5 * (0.5 * (1 + 1.5) + 1.5)
+    (gradient,) = torch.autograd.grad(found.loss, w)
+    assert float(gradient) == pytest.approx(2 * 0.5 * y)
+
+
+def test_noise_receives_the_state_in_its_structure_and_the_generator() -> None:
+    received = []
+
+    def noise(state: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
+        received.append(({k: (v.shape, v.dtype) for k, v in state.items()}, generator))
+        return state
+
+    rng = generator()
+    y0 = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 2, 2, dtype=torch.bfloat16)}
+    supervise(
+        lambda y: y,
+        y0,
+        lambda y, n: y["a"].sum(),
+        at=(1, 2),
+        perturbation=[Perturbation(noise, 1.0)],
+        generator=rng,
+    )
+    assert received == [({k: (v.shape, v.dtype) for k, v in y0.items()}, rng)] * 2
+
+
+def test_noise_that_orders_its_keys_otherwise_does_not_swap_leaves() -> None:
+    """Refused or understood; but never the noise of one leaf on the other."""
+    zero = torch.zeros(1, 2)
+
+    def noise(y: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
+        return {"b": y["b"] + 1, "a": y["a"]}
+
+    try:
+        found = supervise(
+            lambda y: y,
+            {"a": zero, "b": zero},
+            lambda y, n: y["a"].mean(),
+            at=(1,),
+            perturbation=[Perturbation(noise, 1.0)],
+        )
+    except ValueError:
+        return
+    assert float(found.losses[0]) == 0
 
 
 # -- bad input -----------------------------------------------------------------------------------

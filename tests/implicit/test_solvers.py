@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -161,6 +162,10 @@ def test_naive_is_its_definition(damping: float, n: int, seed: int) -> None:
 # -- Anderson, to the letter ---------------------------------------------------------------------
 
 
+def tanh_layer(w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return torch.tanh(y @ w + b)
+
+
 def literal_anderson(
     f: Callable[[Tensor], Tensor], y0: Tensor, memory: int, mixing: float, n: int
 ) -> list[Tensor]:
@@ -195,7 +200,7 @@ def test_anderson_is_literal_least_squares(memory: int, mixing: float) -> None:
         path=range(1, n + 1),
     )
     for i in range(2):
-        path = literal_anderson(lambda y, i=i: torch.tanh(y @ w + b[i]), y0[i], memory, mixing, n)
+        path = literal_anderson(partial(tanh_layer, w, b[i]), y0[i], memory, mixing, n)
         for found, wanted in zip(solution.path, path, strict=True):
             torch.testing.assert_close(found[i], wanted, rtol=1e-6, atol=1e-7)
 
@@ -286,7 +291,7 @@ def test_broyden_is_the_dense_method_while_nothing_is_forgotten(extra: int) -> N
         path=range(1, n + 1),
     )
     for i in range(2):
-        path = literal_broyden(lambda y, i=i: torch.tanh(y @ w + b[i]), y0[i], n)
+        path = literal_broyden(partial(tanh_layer, w, b[i]), y0[i], n)
         for found, wanted in zip(solution.path, path, strict=True):
             torch.testing.assert_close(found[i], wanted, rtol=1e-8, atol=1e-9)
 
@@ -463,6 +468,35 @@ def test_a_sample_that_turns_bad_on_the_way(solver: implicit.Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_nan_after_the_answer_does_not_poison_it(solver: implicit.Solver) -> None:
+    """A sample that is done keeps value, status and residual, whatever f makes of it later."""
+    w, b = tanh_problem(4)
+    good = solve_tanh(w, b, solver)
+    first = int(good.evaluations[0])
+    assert first < int(good.evaluations.max()), "others must still be on their way"
+    calls = []
+
+    def f(y: Tensor) -> Tensor:
+        calls.append(1)
+        image = torch.tanh(torch.einsum("bd,bde->be", y, w) + b)
+        if len(calls) > first:
+            image[0] = torch.nan
+        return image
+
+    with torch.no_grad():
+        found = fixed_point(
+            f,
+            torch.zeros_like(b),
+            solver=solver,
+            stop=Tolerance(rtol=1e-8, atol=0.0, max_steps=200),
+        )
+    for field in ("value", "status", "steps", "evaluations", "residual", "relative_residual"):
+        torch.testing.assert_close(
+            getattr(found, field), getattr(good, field), rtol=1e-6, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
 def test_a_bad_sample_under_fixed_steps(solver: implicit.Solver) -> None:
     w, b = tanh_problem(4)
     poisoned = w.clone()
@@ -523,8 +557,9 @@ def test_memory_must_be_an_integer(kind: Any) -> None:
 
 @pytest.mark.parametrize("option", ["ridge", "restart"])
 def test_nan_is_not_an_option(option: str) -> None:
+    options: dict[str, Any] = {option: math.nan}
     with pytest.raises(ValueError, match=rf"{option}=nan"):
-        Anderson(**{option: math.nan})
+        Anderson(**options)
 
 
 @pytest.mark.parametrize(

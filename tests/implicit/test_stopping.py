@@ -287,6 +287,18 @@ def test_overflow_in_the_very_last_step_is_seen() -> None:
     assert solution.status.tolist() == [Status.DIVERGED, Status.STOPPED]
 
 
+def test_overflow_of_the_value_in_its_own_dtype_is_seen() -> None:
+    """The secant step finds 1e5, which float16 cannot hold: infinite, so not merely stopped."""
+    solution = implicit.fixed_point(
+        lambda y: 0.99 * y + 1000,
+        torch.zeros(1, 1, dtype=torch.float16),
+        solver=implicit.Anderson(),
+        stop=implicit.Steps(2),
+    )
+    assert solution.value.isinf().all()
+    assert solution.status.tolist() == [Status.DIVERGED]
+
+
 # -- what the host waits for ---------------------------------------------------------------------
 
 
@@ -364,17 +376,18 @@ def test_bad_steps(n: int) -> None:
         implicit.Steps(n)
 
 
-@pytest.mark.parametrize("make", [lambda: implicit.Steps(2.5), lambda: implicit.Steps("3")])
-def test_steps_must_be_an_integer(make: Any) -> None:
+@pytest.mark.parametrize("n", [2.5, "3"])
+def test_steps_must_be_an_integer(n: Any) -> None:
     """A fraction of a step is refused where it is written, not deep inside the loop."""
     with pytest.raises((TypeError, ValueError), match=r"Steps\(.*(integer|step)"):
-        make()
+        implicit.Steps(n)
 
 
 @pytest.mark.parametrize("name", ["max_steps", "check_every"])
 def test_tolerance_counts_must_be_integers(name: str) -> None:
+    options: dict[str, Any] = {name: 2.5}
     with pytest.raises((TypeError, ValueError), match=name):
-        implicit.Tolerance(**{name: 2.5})
+        implicit.Tolerance(**options)
 
 
 @pytest.mark.parametrize(
