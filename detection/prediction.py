@@ -1,4 +1,4 @@
-"""From a checkpoint to a detector, and from images to detections: of a data set, or of files."""
+"""From images to detections: of a data set, or of files."""
 
 from __future__ import annotations
 
@@ -7,36 +7,15 @@ from pathlib import Path
 
 import torch
 
-from detection.checkpoints import CheckpointError, load_weights, restore
-from detection.configuration import from_json
 from detection.data.coco import CocoDataset
 from detection.data.images import read_image
 from detection.data.loading import collate, make_loader
 from detection.data.transforms import AugmentationConfig, eval_transform
-from detection.data.types import Batch, Categories, Target
+from detection.data.types import Batch, Target
 from detection.detections import Detections, select_detections
 from detection.distributed import Distributed
 from detection.evaluation import CocoScores, evaluate_coco
 from detection.models.detector import Detector
-from detection.recipes import Recipe
-
-
-def load_detector(path: Path | str) -> tuple[Detector, Recipe, Categories]:
-    """The detector of a checkpoint, on the CPU, with its recipe and its classes.
-
-    Raises:
-        CheckpointError: if the file is not a checkpoint of this library, or does not fit it.
-    """
-    weights, metadata = load_weights(path)
-    try:
-        recipe = from_json(Recipe, metadata["config"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its configuration does not fit: {error}") from error
-    categories = Categories(tuple(metadata["class_names"]), tuple(metadata["category_ids"]))
-    # The weights are at hand: those of ImageNet need not be fetched.
-    model = Detector(recipe.without_pretraining().model)
-    restore(model, weights)
-    return model.eval(), recipe, categories
 
 
 @torch.inference_mode()

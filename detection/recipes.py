@@ -11,7 +11,7 @@ code's is 3×3 with a ReLU.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
 
 from detection.data.transforms import AugmentationConfig
@@ -25,54 +25,8 @@ from detection.models.config import (
     RecurrentConfig,
     StackedConfig,
 )
-from detection.training.losses import LossWeights
-from detection.training.matching import MatchingCost
 from detection.training.optimization import OptimizationConfig
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One training run.
-
-    Args:
-        name: of the recipe it began as.
-        model: the detector.
-        augmentation: of the training images, and the size of all images.
-        optimization: schedule, rates, batch.
-        loss: weights of the loss.
-        cost: weights of the matching.
-        average: decay of the exponential average of the weights, which is then what is
-            evaluated and saved; 0 for none (the paper has none).
-        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
-        max_detections: kept per image.
-        skip_empty: leave training images without objects out, as the published code does.
-        workers: processes that load images.
-        seed: of weights, order, augmentation and perturbation.
-    """
-
-    name: str
-    model: ModelConfig = field(default_factory=ModelConfig)
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
-    loss: LossWeights = field(default_factory=LossWeights)
-    cost: MatchingCost = field(default_factory=MatchingCost)
-    average: float = 0.0
-    evaluate_every: int = 1
-    max_detections: int = 100
-    skip_empty: bool = True
-    workers: int = 4
-    seed: int = 0
-
-    def for_classes(self, num_classes: int) -> Recipe:
-        """The recipe for data with this number of classes."""
-        layer = replace(self.model.layer, num_classes=num_classes)
-        return replace(self, model=replace(self.model, layer=layer))
-
-    def without_pretraining(self) -> Recipe:
-        """The recipe with a backbone of random weights, for when others are loaded anyway."""
-        backbone = replace(self.model.backbone, pretrained=False)
-        return replace(self, model=replace(self.model, backbone=backbone))
-
+from detection.training.recipe import Recipe
 
 _SCHEDULE_2X = OptimizationConfig(epochs=24)
 _AUGMENTATION_2X = AugmentationConfig(short_sides=tuple(range(480, 801, 32)), crop=True)

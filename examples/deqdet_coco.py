@@ -43,11 +43,13 @@ from detection.data import (
 from detection.distributed import DeviceError, Distributed, init_from_environment
 from detection.models.backbones import PretrainedUnavailable
 from detection.models.config import Gradient, Solver
-from detection.prediction import evaluate, load_detector, predict
-from detection.recipes import Recipe, recipe, recipe_names
+from detection.prediction import evaluate, predict
+from detection.pretrained import load_detector
+from detection.recipes import recipe, recipe_names
 from detection.report import draw_run
 from detection.training.loop import TrainingError, train
 from detection.training.matching import NonFiniteCost
+from detection.training.recipe import Recipe
 from detection.visualization import draw_detections, save_image
 
 PROBLEMS = (

@@ -35,7 +35,6 @@ from detection.evaluation import CocoScores
 from detection.models.decoders import Supervised
 from detection.models.detector import Detector
 from detection.prediction import evaluate
-from detection.recipes import Recipe
 from detection.training.losses import Criterion, matched_queries
 from detection.training.optimization import (
     ExponentialAverage,
@@ -44,6 +43,7 @@ from detection.training.optimization import (
     make_schedule,
 )
 from detection.training.progress import JsonLines, Progress
+from detection.training.recipe import Recipe
 
 
 class TrainingError(RuntimeError):

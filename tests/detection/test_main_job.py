@@ -21,10 +21,12 @@ from detection.configuration import from_json
 from detection.data import compose_digits, load_coco_folder
 from detection.data.transforms import eval_transform, train_transform
 from detection.models.detector import Detector
-from detection.prediction import evaluate, load_detector, predict
-from detection.recipes import Recipe, recipe
+from detection.prediction import evaluate, predict
+from detection.pretrained import load_detector
+from detection.recipes import recipe
 from detection.training.loop import TrainingError, train
 from detection.training.progress import read_json_lines
+from detection.training.recipe import Recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deqdet_coco.py"
 SHORT = [
@@ -213,7 +215,15 @@ def test_two_processes_train_together(digits: Path, tmp_path: Path) -> None:
     """Under torchrun, one process writes, all train, and every image is scored once."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-        *(str(EXAMPLE), "--data", str(digits), "--output", str(tmp_path / "run"), "--device", "cpu"),
+        *(
+            str(EXAMPLE),
+            "--data",
+            str(digits),
+            "--output",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+        ),
         *("--augmentation.short-sides", "64", "--augmentation.max-size", "64"),
         *("--optimization.epochs", "1", "--optimization.batch-size", "8"),
         *("--model.decoder.train-steps", "3", "--model.decoder.multiples", "1"),

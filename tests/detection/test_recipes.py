@@ -20,7 +20,8 @@ from detection.models.config import (
     StackedConfig,
 )
 from detection.models.detector import Detector
-from detection.recipes import Recipe, recipe, recipe_names
+from detection.recipes import recipe, recipe_names
+from detection.training.recipe import Recipe
 
 PUBLISHED: dict[str, Any] = json.loads((reference.FIXTURES / "param_counts.json").read_text())
 

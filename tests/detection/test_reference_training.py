@@ -112,7 +112,10 @@ def run(
     for name, (parts, matches) in zip(result.losses.losses, criterion.seen, strict=True):
         result.parts[name] = {part: float(value) for part, value in parts.items()}
         result.matches[name] = matches
-    modules = {"roi_head.bbox_head.0.": decoder.initial, "roi_head.bbox_head.1.": decoder.refinement}
+    modules = {
+        "roi_head.bbox_head.0.": decoder.initial,
+        "roi_head.bbox_head.1.": decoder.refinement,
+    }
     for prefix, module in modules.items():
         ours = dict(module.named_parameters())
         for name in reference.published_weights():
