@@ -57,7 +57,7 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _read_union(options, data, where)
     if origin is typing.Literal:
-        if data not in options:
+        if not any(type(data) is type(option) and data == option for option in options):
             raise ConfigurationError(
                 f"{where}={data!r}: must be one of {', '.join(map(str, options))}."
             )

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit.arguments import check_kind, check_positions
 from implicit.gradients import Gradient, Implicit
-from implicit.solution import Solution
+from implicit.solution import Solution, Status
 from implicit.solve import Outcome, solve
 from implicit.solvers import Anderson, Solver
 from implicit.state import FlatMap, Layout, State, StateError
@@ -70,7 +71,8 @@ def fixed_point(
         torch.Size([1, 1])
     """
     _check_choices(f, solver, stop, gradient)
-    _check_path(path, stop)
+    most = stop.n if isinstance(stop, Steps) else stop.max_steps
+    check_positions("path", path, most, f"what {stop} allows")
     layout = Layout(y0)
     flat = FlatMap(f, layout, args, has_aux)
     start = layout.pack(y0)
@@ -95,6 +97,9 @@ def fixed_point(
     if torch.is_grad_enabled() and not gradient.tracks_path:
         value = value.detach()
         value = _WithGradientOf.apply(gradient.attach(flat, value), value)
+    if layout.narrows:  # what float32 can hold may overflow in the dtype of the state
+        finite = torch.isfinite(layout.pack(layout.unpack(value.detach()))).all(dim=1)
+        outcome.status = torch.where(finite, outcome.status, Status.DIVERGED)
     states = [layout.unpack(wanted.get(n, outcome.value.detach())) for n in path]
     return _solution(layout.unpack(value), flat.aux, tuple(states), outcome)
 
@@ -138,10 +143,12 @@ class FixedPoint(nn.Module):
     ) -> None:
         super().__init__()
         _check_choices(f, solver, stop, gradient)
-        _check_choices(f, eval_solver or solver, eval_stop or stop, gradient)
+        eval_solver = solver if eval_solver is None else eval_solver
+        eval_stop = stop if eval_stop is None else eval_stop
+        _check_choices(f, eval_solver, eval_stop, gradient)
         self.f = f
         self.solver, self.stop, self.gradient = solver, stop, gradient
-        self.eval_solver, self.eval_stop = eval_solver or solver, eval_stop or stop
+        self.eval_solver, self.eval_stop = eval_solver, eval_stop
         self.has_aux = has_aux
 
     def forward(self, y0: State, *args: Any) -> Solution:
@@ -189,13 +196,11 @@ def _solution(value: Any, aux: Any, path: tuple[Any, ...], outcome: Outcome) -> 
 def _check_choices(f: Any, solver: Any, stop: Any, gradient: Any) -> None:
     if not callable(f):
         raise TypeError(f"f must be callable, not {f!r}.")
-    for name, value, kind, example in (
-        ("solver", solver, Solver, "implicit.Anderson(memory=5)"),
-        ("stop", stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-3) or implicit.Steps(20)"),
-        ("gradient", gradient, Gradient, "implicit.RAG(2)"),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}={value!r} is not a {name}: pass an object such as {example}.")
+    check_kind("solver", solver, Solver, "implicit.Anderson(memory=5)")
+    check_kind(
+        "stop", stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-3) or implicit.Steps(20)"
+    )
+    check_kind("gradient", gradient, Gradient, "implicit.RAG(2)")
 
 
 def _check_finite(start: Tensor) -> None:
@@ -203,13 +208,4 @@ def _check_finite(start: Tensor) -> None:
         raise StateError(
             "y0 is not finite in any sample: it holds NaN or infinity. Look at what made it, or "
             "start from zeros."
-        )
-
-
-def _check_path(path: Sequence[int], stop: Stop) -> None:
-    most = stop.n if isinstance(stop, Steps) else stop.max_steps
-    if list(path) != sorted(set(path)) or (path and (path[0] < 1 or path[-1] > most)):
-        raise ValueError(
-            f"path={tuple(path)}: positions are step numbers, rising, from 1 to {most} "
-            f"(what {stop} allows)."
         )

@@ -108,7 +108,8 @@ def _solve_tolerance(
         before = y if before is y else torch.where(active[:, None], before, y)
         fy = f(before)
         now, now_relative = _residuals(before, fy, stop.norm)
-        within = now <= stop.atol + stop.rtol * batch_norm_of(fy.detach(), stop.norm)
+        allowed = stop.atol + stop.rtol * batch_norm_of(fy.detach(), stop.norm)
+        within = torch.isfinite(now) & (now <= allowed)
         first = now if n == 0 else first
         residual = torch.where(active, now, residual)
         relative = torch.where(active, now_relative, relative)

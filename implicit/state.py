@@ -67,6 +67,7 @@ class Layout:
         self.dtype = torch.float32
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
+        self.narrows = any(dtype != self.dtype for dtype in self.dtypes)
 
     def pack(self, y: State) -> Tensor:
         """The state as a ``(B, D)`` matrix in the working dtype (differentiable)."""
@@ -82,33 +83,33 @@ class Layout:
         ]
         return pytree.tree_unflatten(leaves, self.spec)
 
-    def check(self, fy: State) -> None:
-        """Raise `StateError` unless ``fy = f(y)`` has the structure of the state."""
+    def check(self, fy: State, name: str = "f", advice: str = "") -> None:
+        """Raise `StateError` unless ``fy``, what ``name`` returned, has the form of the state."""
         leaves, spec = pytree.tree_flatten(fy)
         if spec != self.spec:
             raise StateError(
-                f"f returned another structure than it was given: {spec} instead of {self.spec}. "
-                "Return the state first, and set has_aux=True if f returns (state, aux)."
+                f"{name} returned another structure than it was given: {_shown(spec)} instead of "
+                f"{_shown(self.spec)}. Dictionaries keep the order of their keys. {advice}"
             )
-        for name, leaf, shape, dtype in zip(
+        for leaf_name, leaf, shape, dtype in zip(
             self.names, leaves, self.shapes, self.dtypes, strict=True
         ):
             if not isinstance(leaf, Tensor):
-                raise StateError(f"f(y){name} is a {type(leaf).__name__}, not a tensor.")
+                raise StateError(f"{name}(y){leaf_name} is a {type(leaf).__name__}, not a tensor.")
             if leaf.shape != shape:
                 raise StateError(
-                    f"f(y){name} has shape {tuple(leaf.shape)} where y0{name} has {tuple(shape)}: "
-                    "f must map a state to a state of the same shape."
+                    f"{name}(y){leaf_name} has shape {tuple(leaf.shape)} where y0{leaf_name} has "
+                    f"{tuple(shape)}: {name} must map a state to a state of the same shape."
                 )
             if leaf.device != self.device:
                 raise StateError(
-                    f"f(y){name} is on {leaf.device} and y0{name} on {self.device}: "
-                    "move y0, or the module behind f, to one device."
+                    f"{name}(y){leaf_name} is on {leaf.device} and y0{leaf_name} on {self.device}: "
+                    f"move y0, or what is behind {name}, to one device."
                 )
             if leaf.dtype != dtype and not _autocast(self.device, leaf.dtype):
                 raise StateError(
-                    f"f(y){name} is {leaf.dtype} where y0{name} is {dtype}: "
-                    f"start from y0 in {leaf.dtype}, or cast inside f."
+                    f"{name}(y){leaf_name} is {leaf.dtype} where y0{leaf_name} is {dtype}: "
+                    f"start from y0 in {leaf.dtype}, or cast inside {name}."
                 )
 
 
@@ -131,8 +132,14 @@ class FlatMap:
             if not isinstance(result, tuple) or len(result) != 2:
                 raise StateError("has_aux=True: f must return a pair (state, aux).")
             result, self.aux = result
-        self.layout.check(result)
+        self.layout.check(
+            result, advice="Return the state first, and set has_aux=True if f returns (state, aux)."
+        )
         return self.layout.pack(result)
+
+
+def _shown(spec: Any) -> str:
+    return " ".join(str(spec).split())
 
 
 def _check_leaf(name: str, leaf: Any) -> None:

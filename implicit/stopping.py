@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from implicit.arguments import check_count
+
 Norm = Literal["l2", "rms", "max"]
 
 
@@ -63,10 +65,8 @@ class Tolerance:
             raise ValueError(
                 "Tolerance(rtol=0, atol=0) can never be met: give one of them, or use Steps(n)."
             )
-        if self.max_steps < 1:
-            raise ValueError(f"Tolerance(max_steps={self.max_steps}): at least one step.")
-        if self.check_every < 1:
-            raise ValueError(f"Tolerance(check_every={self.check_every}): at least 1.")
+        check_count("Tolerance", "max_steps", self.max_steps)
+        check_count("Tolerance", "check_every", self.check_every)
         if self.norm not in ("l2", "rms", "max"):
             raise ValueError(f"Tolerance(norm={self.norm!r}): use 'l2', 'rms' or 'max'.")
 
@@ -86,8 +86,7 @@ class Steps:
     n: int
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"Steps({self.n}): at least one step.")
+        check_count("Steps", "n", self.n)
 
 
 Stop = Tolerance | Steps

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from implicit.arguments import check_kind, check_positions
 from implicit.gradients import RAG, Gradient
 from implicit.gradients.graph import leaves_of
 from implicit.perturbation import Perturbation
@@ -130,18 +130,16 @@ def supervise(
         >>> W.grad.shape, x.grad.shape, len(s.losses)
         (torch.Size([3, 3]), torch.Size([4, 3]), 4)
     """
-    _check(at, gradient)
-    leaves, spec = pytree.tree_flatten(args)
-    sources = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-    sources += [p for p in dict.fromkeys(parameters) if p.requires_grad]
-    tracked = torch.is_grad_enabled() and bool(sources)
-    walk = _Walk(
-        f, y0, loss, tuple(at), gradient, solver, tuple(perturbation), generator, leaves, spec
-    )
-    if tracked:
+    _check(f, at, gradient, solver)
+    given = [*pytree.tree_leaves(args), *parameters]
+    sources = [
+        t for t in dict.fromkeys(x for x in given if isinstance(x, Tensor)) if t.requires_grad
+    ]
+    walk = _Walk(f, y0, loss, tuple(at), gradient, solver, tuple(perturbation), generator, args)
+    if torch.is_grad_enabled() and sources:
         total = _Supervise.apply(walk, *sources)
     else:
-        total, _ = walk.run(sources, tracked=False)
+        total, _ = walk.run((), tracked=torch.is_grad_enabled())
     return Supervision(total, torch.stack(walk.losses), tuple(walk.aux), walk.value)
 
 
@@ -158,55 +156,43 @@ class _Walk:
         solver: Solver,
         perturbation: tuple[Perturbation, ...],
         generator: torch.Generator | None,
-        leaves: list[Any],
-        spec: Any,
+        args: tuple[Any, ...],
     ) -> None:
-        self.f, self.y0, self.loss, self.at = f, y0, loss, at
+        self.y0, self.loss, self.at = y0, loss, at
         self.gradient, self.solver = gradient, solver
         self.perturbation, self.generator = perturbation, generator
-        self.leaves, self.spec = leaves, spec
         self.layout = Layout(y0)
+        self.f = FlatMap(f, self.layout, args)
         self.losses: list[Tensor] = []
         self.aux: list[Any] = []
         self.value: State = None
 
     def run(self, sources: Sequence[Tensor], tracked: bool) -> tuple[Tensor, list[Tensor | None]]:
         """Total loss, and its gradient with respect to each of ``sources``."""
-        stand_in = {id(s): s for s in sources}
-        inside = []
-        for leaf in self.leaves:
-            wanted = tracked and isinstance(leaf, Tensor) and leaf.requires_grad
-            inside.append(leaf.detach().requires_grad_() if wanted else leaf)
-            if wanted:
-                stand_in[id(leaf)] = inside[-1]
-        targets = [stand_in[id(s)] for s in sources]
-        sums: list[Tensor | None] = [None] * len(targets)
-        f = FlatMap(self.f, self.layout, pytree.tree_unflatten(inside, self.spec))
+        sums: list[Tensor | None] = [None] * len(sources)
 
         def visit(n: int, before: Tensor, after: Tensor) -> None:
             if n not in self.at:
                 return
-            start = self._disturbed(f, before, after)
+            start = self._disturbed(before, after)
             with torch.set_grad_enabled(tracked):
-                y = self.layout.unpack(self.gradient.attach(f, start.detach()))
+                y = self.layout.unpack(self.gradient.attach(self.f, start.detach()))
                 result = self.loss(y, n)
                 scalar, aux = result if isinstance(result, tuple) else (result, None)
                 self._check_scalar(scalar, n)
             if tracked and scalar.requires_grad:
-                if n == self.at[0]:
-                    _check_named(scalar, targets)
-                new = torch.autograd.grad(scalar, targets, allow_unused=True)
-                for i, part in enumerate(new):
+                _check_named(scalar, sources)
+                for i, part in enumerate(_gradients(scalar, sources)):
                     if part is not None:
                         old = sums[i]
                         # Never in place: autograd may hand out one tensor for two sources.
                         sums[i] = part if old is None else old + part
-            self.losses.append(scalar.detach())
+            self.losses.append(scalar.detach().reshape(()))
             self.aux.append(pytree.tree_map_only(Tensor, Tensor.detach, aux))
 
         with torch.no_grad():
             outcome = solve(
-                f,
+                self.f,
                 self.layout.pack(self.y0).detach(),
                 self.solver,
                 Steps(self.at[-1]),
@@ -216,10 +202,10 @@ class _Walk:
         self.value = self.layout.unpack(outcome.value)
         return torch.stack(self.losses).sum(), sums
 
-    def _disturbed(self, f: FlatMap, before: Tensor, after: Tensor) -> Tensor:
+    def _disturbed(self, before: Tensor, after: Tensor) -> Tensor:
         """The state to supervise: ``after``, or what noise for this position alone makes of it."""
         pushed = self._perturbed("one-step", before)
-        return self._perturbed("zero-step", after if pushed is before else f(pushed))
+        return self._perturbed("zero-step", after if pushed is before else self.f(pushed))
 
     def _perturbed(self, entry: str, flat: Tensor) -> Tensor:
         chosen = [p for p in self.perturbation if p.entry == entry]
@@ -228,6 +214,7 @@ class _Walk:
         state = clean = self.layout.unpack(flat)
         for perturbation in chosen:
             state = perturbation(state, self.generator)
+            self.layout.check(state, name=f"the noise of {perturbation}")
         return flat if state is clean else self.layout.pack(state)
 
     @staticmethod
@@ -250,17 +237,39 @@ class _Supervise(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss of supervise cannot be differentiated twice (create_graph=True): what "
+                "it would need is freed position by position. For higher derivatives take the "
+                "losses on fixed_point(..., gradient=BPTT(), path=...)."
+            )
         kept = iter(ctx.saved_tensors)
         return (None, *(next(kept) * grad if present else None for present in ctx.present))
 
 
-def _check(at: Sequence[int], gradient: Gradient) -> None:
-    if not at or list(at) != sorted(set(at)) or at[0] < 1:
-        raise ValueError(f"at={tuple(at)}: at least one position, rising, from 1 on.")
-    if not isinstance(gradient, Gradient):
-        raise TypeError(f"gradient={gradient!r} is not a gradient: pass one such as RAG(2).")
+def _gradients(loss: Tensor, sources: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of one position, without the tensors' own hooks: these see the sum, once."""
+    if not sources:
+        return ()
+    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in sources if t._backward_hooks]
+    for registered, _ in hooks:
+        registered.clear()
+    try:
+        return torch.autograd.grad(loss, sources, allow_unused=True)
+    finally:
+        for registered, kept in hooks:
+            registered.update(kept)
+
+
+def _check(f: Any, at: Sequence[int], gradient: Any, solver: Any) -> None:
+    if not callable(f):
+        raise TypeError(f"f must be callable, not {f!r}.")
+    check_kind("solver", solver, Solver, "implicit.Naive()")
+    check_kind("gradient", gradient, Gradient, "implicit.RAG(2)")
+    check_positions("at", at)
+    if not at:
+        raise ValueError("at=(): at least one position to supervise.")
     if gradient.tracks_path:
         raise ValueError(
             "supervise keeps no path, so BPTT has nothing to go through: use RAG(k), or take the "
@@ -270,11 +279,9 @@ def _check(at: Sequence[int], gradient: Gradient) -> None:
 
 def _check_named(loss: Tensor, targets: Sequence[Tensor]) -> None:
     """Raise if ``loss`` depends on a tensor that would silently receive no gradient."""
-    known = {id(t) for t in targets}
-    for leaf in leaves_of(loss):
-        if id(leaf) not in known:
-            raise ValueError(
-                f"supervise: a tensor of shape {tuple(leaf.shape)} that requires gradient is "
-                "reached by f or loss and is neither in args nor in parameters, so it would get "
-                "no gradient. Pass parameters=module.parameters(), and inputs through args."
-            )
+    for leaf in leaves_of(loss, known=targets):
+        raise ValueError(
+            f"supervise: a tensor of shape {tuple(leaf.shape)} that requires gradient is "
+            "reached by f or loss and is neither in args nor in parameters, so it would get "
+            "no gradient. Pass parameters=module.parameters(), and inputs through args."
+        )

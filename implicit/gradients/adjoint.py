@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit.arguments import check_count
 from implicit.gradients.base import Gradient, Map
 from implicit.gradients.graph import Start, leaves_of
-from implicit.gradients.unrolled import _check_terms
 from implicit.solve import solve
 from implicit.solvers import Anderson, Solver
 from implicit.stopping import Stop, Tolerance
@@ -39,7 +39,7 @@ class Neumann(Gradient):
     k: int = 2
 
     def __post_init__(self) -> None:
-        _check_terms(self, self.k)
+        check_count("Neumann", "k", self.k)
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
         def series(transposed: Map, v: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +32,24 @@ class Start(torch.autograd.Function):
         return start
 
 
-def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors that a gradient of ``tensor`` would reach, not looking beyond a `Start`."""
+def leaves_of(tensor: Tensor, known: Sequence[Tensor] = ()) -> Iterator[Tensor]:
+    """The leaf tensors that a gradient of ``tensor`` would reach, not looking beyond a `Start`.
+
+    Those of ``known`` are left out, and what only lies behind them.
+    """
+    ends = {id(t) for t in known}
+    # An edge, not its node: one operation may have several outputs, of which some are known.
+    passed = {(t.grad_fn, t.output_nr) for t in known}
     seen: set[Any] = set()
-    pending = [tensor.grad_fn]
+    pending: list[tuple[Any, int]] = [(tensor.grad_fn, tensor.output_nr)]
     while pending:
-        node = pending.pop()
-        if node is None or node in seen or node.name() == Start._backward_cls.__name__:
+        node, _ = edge = pending.pop()
+        if node is None or node in seen or edge in passed:
+            continue
+        if node.name() == Start._backward_cls.__name__:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None:
+        if leaf is not None and id(leaf) not in ends:
             yield leaf
-        pending.extend(parent for parent, _ in node.next_functions)
+        pending.extend(node.next_functions)

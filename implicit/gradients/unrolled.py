@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from implicit.arguments import check_count
 from implicit.gradients.base import Gradient, Map
 
 
@@ -31,7 +32,7 @@ class Phantom(Gradient):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_terms(self, self.k)
+        check_count(type(self).__name__, "k", self.k)
         if not 0 < self.damping <= 1:
             raise ValueError(f"Phantom(damping={self.damping}): must lie in (0, 1].")
 
@@ -57,7 +58,7 @@ class RAG(Gradient):
     k: int = 2
 
     def __post_init__(self) -> None:
-        _check_terms(self, self.k)
+        check_count(type(self).__name__, "k", self.k)
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
         y = value
@@ -77,11 +78,3 @@ class JFB(Gradient):
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
         return f(value)
-
-
-def _check_terms(gradient: Gradient, k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(
-            f"{type(gradient).__name__}(k={k!r}): k counts applications of f and must be an "
-            "integer of at least 1."
-        )

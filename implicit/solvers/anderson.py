@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicit.arguments import check_count
 from implicit.solvers.base import Solver
 from implicit.solvers.history import SecantHistory, combine, dot, write
 
@@ -59,13 +60,12 @@ class Anderson(Solver):
     restart: float = 1e3
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"Anderson(memory={self.memory}): at least one pair must be kept.")
+        check_count("Anderson", "memory", self.memory)
         if not 0 < self.mixing <= 1:
             raise ValueError(f"Anderson(mixing={self.mixing}): must lie in (0, 1].")
-        if self.ridge < 0:
+        if not self.ridge >= 0:
             raise ValueError(f"Anderson(ridge={self.ridge}): must not be negative.")
-        if self.restart <= 1:
+        if not self.restart > 1:
             raise ValueError(f"Anderson(restart={self.restart}): must be above 1.")
 
     def init(self, y: Tensor) -> _Memory:

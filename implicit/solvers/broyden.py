@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicit.arguments import check_count
 from implicit.solvers.base import Solver
 from implicit.solvers.history import SecantHistory, combine, dot, write
 
@@ -52,9 +53,8 @@ class Broyden(Solver):
     restart: float = 1e3
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"Broyden(memory={self.memory}): at least one pair must be kept.")
-        if self.restart <= 1:
+        check_count("Broyden", "memory", self.memory)
+        if not self.restart > 1:
             raise ValueError(f"Broyden(restart={self.restart}): must be above 1.")
 
     def init(self, y: Tensor) -> _Memory:

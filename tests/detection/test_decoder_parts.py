@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -501,8 +502,9 @@ def test_a_fresh_layer_keeps_every_box() -> None:
 
 @pytest.mark.parametrize("field", ["points", "heads", "num_classes", "ffn_channels"])
 def test_sizes_below_one_are_refused(field: str) -> None:
+    changes: dict[str, Any] = {field: 0}
     with pytest.raises(ValueError, match=rf"LayerConfig\({field}=0\)"):
-        replace(SMALL, **{field: 0})
+        replace(SMALL, **changes)
 
 
 def test_literal_bilinear_is_that_of_the_framework() -> None:

@@ -205,6 +205,45 @@ def test_anderson_is_literal_least_squares(memory: int, mixing: float) -> None:
             torch.testing.assert_close(found[i], wanted, rtol=1e-6, atol=1e-7)
 
 
+def damped_anderson(f: Callable[[Tensor], Tensor], y: Tensor, solver: Anderson, n: int) -> Tensor:
+    """One sample ``(D,)``: least squares with ``√ρ ‖Δr‖ γ`` added as a row for each pair.
+
+    ``ρ`` is the ridge of the newest pair, a hundred times larger for each step of age, and 1e-2
+    at most; in units of the pair's own length, so that the units of the state do not count.
+    """
+    ys, rs = [y], [f(y) - y]
+    for _ in range(n):
+        new = ys[-1] + solver.mixing * rs[-1]
+        m = min(solver.memory, len(ys) - 1)
+        if m:
+            dy = torch.stack([ys[-i - 1] - ys[-i - 2] for i in range(m)], dim=1)
+            dr = torch.stack([rs[-i - 1] - rs[-i - 2] for i in range(m)], dim=1)
+            ridge = torch.tensor([min(solver.ridge * 100.0**age, 1e-2) for age in range(m)])
+            rows = torch.diag(ridge.to(y.dtype).sqrt() * dr.norm(dim=0))
+            system = torch.cat([dr, rows])
+            target = torch.cat([rs[-1], torch.zeros(m, dtype=y.dtype)])
+            gamma = torch.linalg.lstsq(system, target[:, None]).solution[:, 0]
+            new = new - (dy + solver.mixing * dr) @ gamma
+        ys.append(new)
+        rs.append(f(new) - new)
+    return torch.stack(ys[1:])
+
+
+@pytest.mark.parametrize("memory", [2, 4, 20])
+@pytest.mark.parametrize("ridge", [1e-10, 1e-6])
+def test_ridge_grows_with_the_age_of_a_pair(memory: int, ridge: float) -> None:
+    dim, n = 12, 9
+    w, b = 0.9 * random(dim, dim, seed=3) / dim**0.5, random(2, dim, seed=4)
+    y0, solver = random(2, dim, seed=5), Anderson(memory=memory, ridge=ridge, mixing=0.8)
+    path = fixed_point(
+        lambda y: torch.tanh(y @ w + b), y0, solver=solver, stop=Steps(n), path=range(1, n + 1)
+    ).path
+    for i in range(2):
+        wanted = damped_anderson(partial(tanh_layer, w, b[i]), y0[i], solver, n)
+        found = torch.stack([state[i] for state in path])
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 3, 5, 8])
 def test_anderson_terminates_on_affine_maps(dim: int) -> None:
     """With ``m ≥ D`` pairs the span is full after D of them: D + 2 evaluations, as GMRES."""
@@ -427,6 +466,67 @@ def test_units_of_the_state_do_not_matter(
 
 
 @pytest.mark.parametrize("solver", ALL, ids=repr)
+@settings(max_examples=10, deadline=None)
+@given(exponent=st.integers(-20, 20), seed=st.integers(0, 10**6))
+def test_powers_of_two_scale_every_iterate_exactly(
+    solver: implicit.Solver, exponent: int, seed: int
+) -> None:
+    """Multiplication by a power of two does not round, so not one bit may change."""
+    w, b, y0 = 0.4 * random(5, 5, seed=seed), random(5, seed=seed + 1), random(2, 5, seed=seed + 2)
+    scale = 2.0**exponent
+
+    def path(factor: float) -> tuple[Tensor, ...]:
+        return fixed_point(
+            lambda y: factor * tanh_layer(w, b, y / factor),
+            factor * y0,
+            solver=solver,
+            stop=Steps(9),
+            path=range(1, 10),
+        ).path
+
+    for usual, scaled in zip(path(1.0), path(scale), strict=True):
+        assert torch.equal(scale * usual, scaled)
+
+
+@pytest.mark.parametrize("solver", SECANT, ids=repr)
+def test_a_sample_that_was_thrown_far_away_begins_again(solver: implicit.Solver) -> None:
+    """One wild image of one sample: it forgets its pairs and arrives, its neighbour never knows."""
+    calls: list[int] = []
+
+    def f(y: Tensor) -> Tensor:
+        calls.append(1)
+        image = torch.cos(y)
+        if len(calls) == 4:
+            image[1] += 1e9
+        return image
+
+    y0 = torch.tensor([[1.0, 0.5], [1.0, 0.5]], dtype=torch.float64)
+    stop = Tolerance(rtol=1e-9, atol=0.0, max_steps=60)
+    with torch.no_grad():
+        thrown = fixed_point(f, y0, solver=solver, stop=stop)
+        usual = fixed_point(torch.cos, y0, solver=solver, stop=stop)
+    assert thrown.converged.all()
+    torch.testing.assert_close(thrown.value, usual.value, rtol=1e-7, atol=0)
+    assert torch.equal(thrown.value[0], usual.value[0])
+    assert torch.equal(thrown.evaluations[0], usual.evaluations[0])
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_one_solver_object_serves_a_solve_within_its_own(solver: implicit.Solver) -> None:
+    """``y = (x(y) + d) / 2`` where ``x(y)`` solves ``x = (cos x + y) / 2``: all equal Dottie's."""
+    dottie = 0.7390851332151607
+
+    def outer(y: Tensor) -> Tensor:
+        inner = fixed_point(lambda x: 0.5 * (torch.cos(x) + y), y, solver=solver, stop=TIGHT)
+        return 0.5 * (inner.value + dottie)
+
+    y0 = torch.zeros(2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        value = fixed_point(outer, y0, solver=solver, stop=TIGHT).value
+    torch.testing.assert_close(value, torch.full_like(y0, dottie), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", ALL, ids=repr)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_sample_leaves_its_neighbours_alone(solver: implicit.Solver, bad: float) -> None:
     w, b = tanh_problem(4)
@@ -534,13 +634,13 @@ def test_a_solver_serves_many_solves(solver: implicit.Solver) -> None:
         (lambda: Naive(1.5), r"Naive\(damping=1\.5\): must lie in \(0, 1\]"),
         (lambda: Naive(-0.5), r"Naive\(damping=-0\.5\): must lie in \(0, 1\]"),
         (lambda: Naive(math.nan), r"Naive\(damping=nan\): must lie in \(0, 1\]"),
-        (lambda: Anderson(memory=0), r"Anderson\(memory=0\): at least one pair"),
-        (lambda: Anderson(memory=-1), r"Anderson\(memory=-1\): at least one pair"),
+        (lambda: Anderson(memory=0), r"Anderson\(memory=0\): must be an integer of at least 1"),
+        (lambda: Anderson(memory=-1), r"Anderson\(memory=-1\): must be an integer of at least 1"),
         (lambda: Anderson(mixing=0.0), r"Anderson\(mixing=0\.0\): must lie in \(0, 1\]"),
         (lambda: Anderson(mixing=2.0), r"Anderson\(mixing=2\.0\): must lie in \(0, 1\]"),
         (lambda: Anderson(ridge=-1.0), r"Anderson\(ridge=-1\.0\): must not be negative"),
         (lambda: Anderson(restart=1.0), r"Anderson\(restart=1\.0\): must be above 1"),
-        (lambda: Broyden(memory=0), r"Broyden\(memory=0\): at least one pair"),
+        (lambda: Broyden(memory=0), r"Broyden\(memory=0\): must be an integer of at least 1"),
         (lambda: Broyden(restart=0.5), r"Broyden\(restart=0\.5\): must be above 1"),
     ],
 )

@@ -275,6 +275,42 @@ def test_diverged_means_more_than_ten_times_the_first_residual(steps: int, statu
     assert solution.status.tolist() == [status]
 
 
+@pytest.mark.parametrize(("rate", "status"), [(9.9, Status.STOPPED), (10.1, Status.DIVERGED)])
+@pytest.mark.parametrize("stop", [implicit.Steps(2), implicit.Tolerance(max_steps=1)], ids=repr)
+def test_threshold_of_divergence(stop: Any, rate: float, status: Status) -> None:
+    """After one step of ``y ← a y`` the residual is ``a`` times what it was."""
+    y0 = torch.ones(1, 2, dtype=torch.float64)
+    solution = implicit.fixed_point(lambda y: rate * y, y0, solver=implicit.Naive(), stop=stop)
+    assert solution.status.tolist() == [status]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_an_infinite_image_is_never_within_tolerance(
+    when: int, bad: float, solver: implicit.Solver
+) -> None:
+    """``∞ ≤ atol + rtol · ∞`` is true of the numbers and false of the solve."""
+    calls = 0
+
+    def f(y: Tensor) -> Tensor:
+        nonlocal calls
+        image = torch.cos(y) + torch.tensor([[0.0], [2.0]], dtype=torch.float64)
+        if calls >= when:
+            image[1, 0] = bad
+        calls += 1
+        return image
+
+    y0 = torch.zeros(2, 3, dtype=torch.float64)
+    stop = implicit.Tolerance(rtol=1e-6)
+    solution = implicit.fixed_point(f, y0, solver=solver, stop=stop, gradient=implicit.JFB())
+    assert solution.status.tolist() == [Status.CONVERGED, Status.DIVERGED]
+    assert int(solution.evaluations[1]) == when + 1
+    assert torch.isfinite(solution.value).all(), "the last state that is known is kept"
+    with pytest.raises(implicit.SolveError, match=r"1 of 2 samples \(1\).*DIVERGED"):
+        solution.raise_for_status()
+
+
 def test_overflow_in_the_very_last_step_is_seen() -> None:
     """``f`` is finite at the last state evaluated only in its residual, not in its value."""
     big = torch.tensor([[2e38], [1.0]])
@@ -360,7 +396,7 @@ def test_tolerance_waits_once_per_look(solver: implicit.Solver, every: int) -> N
         ({"rtol": math.nan}, r"Tolerance\(rtol=nan\).*finite and not negative"),
         ({"atol": math.inf}, r"Tolerance\(atol=inf\).*finite and not negative"),
         ({"rtol": 0.0, "atol": 0.0}, r"rtol=0, atol=0.*never be met.*Steps\(n\)"),
-        ({"max_steps": 0}, r"Tolerance\(max_steps=0\).*at least one step"),
+        ({"max_steps": 0}, r"Tolerance\(max_steps=0\).*must be an integer of at least 1"),
         ({"check_every": 0}, r"Tolerance\(check_every=0\).*at least 1"),
         ({"norm": "l1"}, r"Tolerance\(norm='l1'\).*'l2', 'rms' or 'max'"),
     ],
@@ -372,7 +408,7 @@ def test_bad_tolerance(options: dict[str, Any], match: str) -> None:
 
 @pytest.mark.parametrize("n", [0, -3])
 def test_bad_steps(n: int) -> None:
-    with pytest.raises(ValueError, match=rf"Steps\({n}\).*at least one step"):
+    with pytest.raises(ValueError, match=rf"Steps\(n={n}\).*must be an integer of at least 1"):
         implicit.Steps(n)
 
 

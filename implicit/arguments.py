@@ -1,0 +1,50 @@
+"""Checks of what a caller chose, so that a mistake is named where it was made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_count(owner: str, name: str, value: Any, least: int = 1) -> None:
+    """Raise `ValueError` unless ``value`` is an integer of at least ``least``.
+
+    Example:
+        >>> check_count("Steps", "n", 0)
+        Traceback (most recent call last):
+            ...
+        ValueError: Steps(n=0): must be an integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{owner}({name}={value!r}): must be an integer of at least {least}.")
+
+
+def check_kind(name: str, value: Any, kind: Any, example: str) -> None:
+    """Raise `TypeError` unless ``value`` is an instance of ``kind``.
+
+    Example:
+        >>> check_kind("solver", "anderson", int, "Anderson(memory=5)")
+        Traceback (most recent call last):
+            ...
+        TypeError: solver='anderson' is not a solver: pass an object such as Anderson(memory=5).
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r} is not a {name}: pass an object such as {example}.")
+
+
+def check_positions(name: str, positions: Any, most: int | None = None, why: str = "") -> None:
+    """Raise `ValueError` unless ``positions`` are step numbers from 1 on, rising, up to ``most``.
+
+    Example:
+        >>> check_positions("path", (3, 1), most=9, why="what Steps(n=9) allows")
+        Traceback (most recent call last):
+            ...
+        ValueError: path=(3, 1): positions are step numbers, rising, from 1 to 9 (what Steps(n=9) \
+allows).
+    """
+    numbers = tuple(positions)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    rising = whole and list(numbers) == sorted(set(numbers))
+    within = rising and (not numbers or (numbers[0] >= 1 and (not most or numbers[-1] <= most)))
+    if not within:
+        end = "on" if most is None else f"to {most} ({why})"
+        raise ValueError(f"{name}={numbers}: positions are step numbers, rising, from 1 {end}.")
