@@ -54,12 +54,14 @@ def numbers(name: str) -> dict[str, Tensor]:
     return {key: torch.from_numpy(a) for key, a in arrays.items() if a.dtype.kind != "U"}
 
 
-def published_weights(seed: int = 101) -> dict[str, Tensor]:
-    """Every floating tensor of ``weights.tsv``, drawn in its order (unused ones, too)."""
+def published_weights(seed: int = 101, file: str = "weights.tsv") -> dict[str, Tensor]:
+    """Every floating tensor of ``file``, drawn in its order (unused ones, too)."""
     draw = np.random.RandomState(seed)
     weights = {}
-    for line in (FIXTURES / "weights.tsv").read_text().splitlines():
+    for line in (FIXTURES / file).read_text().splitlines():
         name, sizes, _, rule, _ = line.split("\t")
+        if rule == "zero":  # counts, not weights
+            continue
         shape = tuple(int(size) for size in sizes.split("x"))
         if rule == "box":
             value = np.tile([0.5, 0.5, 1.0, 1.0], (shape[0], 1))
@@ -68,6 +70,7 @@ def published_weights(seed: int = 101) -> dict[str, Tensor]:
             root = np.sqrt(noise.size / shape[0])
             value = {
                 "one": 1 + 0.05 * noise,
+                "var": 1 + 0.05 * abs(noise),
                 "small": 0.05 * noise,
                 "fan": noise / root,
                 "offset": 0.3 * noise / root,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import pytest
 import torch
@@ -368,13 +369,15 @@ def literal_equilibrium_losses(
     """The paper's §3.3 for naive iteration and RAG: g, h more of f, and positions on the path."""
     config = decoder.config
     noise = config.perturbation
-    assert isinstance(config.gradient, implicit.RAG)
+    assert isinstance(config.gradient, implicit.RAG) and isinstance(config.solver, implicit.Naive)
 
     def scored(layer: RefinementLayer, state: Queries) -> Tensor:
         return score(layer.classify(state.content), state.boxes)[0]
 
-    def detached(state: Queries) -> Queries:
-        return Queries(*(part.detach() for part in state))
+    def refined(state: Queries) -> Queries:
+        with torch.no_grad():
+            moved: Queries = decoder.refinement(state, maps)
+        return moved
 
     def normal(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=like.dtype)
@@ -382,41 +385,41 @@ def literal_equilibrium_losses(
     def coin() -> bool:
         return float(torch.rand((), generator=generator)) < noise.probability
 
+    def noisy(state: Queries) -> Queries:
+        position, content, boxes = state
+        if coin():
+            length = content.square().sum(-1, keepdim=True).sqrt()
+            content = (1 - noise.content) * content + noise.content * length * normal(content)
+        if coin():
+            boxes = boxes + noise.position * normal(boxes)
+            x1, y1, x2, y2 = boxes.unbind(-1)
+            w, h = ((x2 - x1).abs() + 1e-7).log2(), ((y2 - y1).abs() + 1e-7).log2()
+            position = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, (w + h) / 2, h - w], dim=-1)
+        return Queries(position, content, boxes)
+
     initial = decoder.initial(start, maps)
     losses, chained = [scored(decoder.initial, initial)], initial
     for _ in range(config.extra_supervision):
         chained = decoder.refinement(chained, maps)
         losses.append(scored(decoder.refinement, chained))
-    state = detached(initial)
+    state, damping = Queries(*(part.detach() for part in initial)), config.solver.damping
     for n in range(1, config.train_steps + 1):
-        position, content, boxes = state
-        if noise.content and coin():
-            length = content.square().sum(-1, keepdim=True).sqrt()
-            content = (1 - noise.content) * content + noise.content * length * normal(content)
-        if noise.position and coin():
-            boxes = boxes + noise.position * normal(boxes)
-            x1, y1, x2, y2 = boxes.unbind(-1)
-            w, h = ((x2 - x1).abs() + 1e-7).log2(), ((y2 - y1).abs() + 1e-7).log2()
-            position = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, (w + h) / 2, h - w], dim=-1)
-        state = detached(decoder.refinement(Queries(position, content, boxes), maps))
+        before = noisy(state) if noise.entry == "multi-step" else state
+        moves = zip(before, refined(before), strict=True)
+        state = Queries(*(old + damping * (new - old) for old, new in moves))
         if n in config.positions:
             unrolled = state
+            if noise.entry == "one-step":
+                unrolled = refined(noisy(before))
+            elif noise.entry == "zero-step":
+                unrolled = noisy(state)
             for _ in range(config.gradient.k):
                 unrolled = decoder.refinement(unrolled, maps)
             losses.append(scored(decoder.refinement, unrolled))
     return losses
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("extra", [0, 2])
-@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_losses_of_the_equilibrium_are_those_of_a_loop(
-    k: int, extra: int, probability: float
-) -> None:
-    noise = PerturbationConfig(content=0.1, position=3.0, probability=probability)
-    config = replace(
-        EQUILIBRIUM, gradient=implicit.RAG(k), extra_supervision=extra, perturbation=noise
-    )
+def check_against_the_loop(config: EquilibriumConfig) -> None:
     decoder, maps, start = decoder_of(config), features(), queries()
     assert isinstance(decoder, EquilibriumDecoder)
     score = criterion(dtype=torch.float64)
@@ -430,6 +433,32 @@ def test_losses_of_the_equilibrium_are_those_of_a_loop(
         gradients(losses.total, decoder, maps, start),
         gradients(torch.stack(wanted).sum(), decoder, maps, start),
     )
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("extra", [0, 2])
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_losses_of_the_equilibrium_are_those_of_a_loop(
+    k: int, extra: int, probability: float
+) -> None:
+    noise = PerturbationConfig(content=0.1, position=3.0, probability=probability)
+    check_against_the_loop(
+        replace(EQUILIBRIUM, gradient=implicit.RAG(k), extra_supervision=extra, perturbation=noise)
+    )
+
+
+@pytest.mark.parametrize("entry", ["zero-step", "one-step", "multi-step"])
+def test_noise_enters_where_it_should(
+    entry: Literal["zero-step", "one-step", "multi-step"],
+) -> None:
+    noise = PerturbationConfig(content=0.1, position=3.0, probability=1.0, entry=entry)
+    check_against_the_loop(replace(EQUILIBRIUM, perturbation=noise))
+
+
+def test_the_configured_solver_walks_in_training() -> None:
+    noise = PerturbationConfig(content=0.1, position=3.0, probability=1.0)
+    solver = implicit.Naive(damping=0.7)
+    check_against_the_loop(replace(EQUILIBRIUM, solver=solver, perturbation=noise))
 
 
 def test_the_generator_decides_the_noise() -> None:
@@ -536,7 +565,7 @@ def test_training_makes_the_published_number_of_calls() -> None:
     assert len(losses.losses) == 9
 
 
-def test_the_configured_solver_walks() -> None:
+def test_the_configured_solver_walks_at_inference() -> None:
     maps, start = features(), queries()
     decoder = decoder_of(replace(EQUILIBRIUM, solver=implicit.Anderson(), steps=6))
     assert isinstance(decoder, EquilibriumDecoder)
@@ -544,5 +573,7 @@ def test_the_configured_solver_walks() -> None:
         output = decoder(maps, start)
         asked = decoder(maps, start, solver=implicit.Anderson())
         naive = decoder(maps, start, solver=implicit.Naive())
+        last = list(decoder.trajectory(maps, start))[-1]
     assert torch.equal(output.logits, asked.logits)
     assert not torch.allclose(output.logits, naive.logits, atol=1e-6)
+    torch.testing.assert_close(output.logits, last.logits, rtol=0, atol=1e-8)

@@ -237,6 +237,20 @@ def test_raise_for_status_names_samples_figures_and_remedies() -> None:
         assert remedy in message
 
 
+def test_raise_for_status_tells_the_worst() -> None:
+    """One sample out of steps and one that diverged: it is divergence that needs the remedy."""
+    rate = torch.tensor([[0.99], [0.1], [3.0]], dtype=torch.float64)
+    solution = fixed_point(
+        lambda y: rate * y + 1,
+        torch.zeros(3, 1, dtype=torch.float64),
+        solver=Naive(),
+        stop=Tolerance(rtol=1e-3, max_steps=5),
+    )
+    assert solution.status.tolist() == [Status.STOPPED, Status.CONVERGED, Status.DIVERGED]
+    with pytest.raises(SolveError, match=r"2 of 3 samples \(0, 2\).*DIVERGED.*damp the step"):
+        solution.raise_for_status()
+
+
 def test_raise_for_status_of_divergence() -> None:
     solution = fixed_point(
         lambda y: 3 * y + 1, torch.zeros(12, 1), solver=Naive(), stop=Tolerance(max_steps=20)

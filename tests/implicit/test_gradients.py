@@ -448,6 +448,22 @@ def test_implicit_does_not_depend_on_the_scale_of_the_loss(scale: float) -> None
         torch.testing.assert_close(other / scale, one, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-7), (torch.float32, 1e-3)])
+def test_implicit_is_accurate_by_default(dtype: torch.dtype, within: float) -> None:
+    """Relative to ``(I − J)⁻ᵀ v`` with a radius of 0.9, without a stop being chosen."""
+    j = contraction(8, 0.9, seed=1)
+    exact = torch.linalg.inv(torch.eye(8, dtype=torch.float64) - j).sum(0)
+    x = random(8, seed=2).to(dtype).requires_grad_()
+    value = fixed_point(
+        lambda y: y @ j.T.to(dtype) + x,
+        torch.zeros(1, 8, dtype=dtype),
+        stop=Tolerance(rtol=1e-5),
+        gradient=Implicit(),
+    ).value
+    (found,) = torch.autograd.grad(value.sum(), x)
+    assert float((found.double() - exact).norm() / exact.norm()) < within
+
+
 def test_implicit_scale_in_float32() -> None:
     w, x, y0 = (t.detach().float() for t in problem())
     x.requires_grad_()

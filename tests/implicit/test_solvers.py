@@ -511,6 +511,63 @@ def test_a_sample_that_was_thrown_far_away_begins_again(solver: implicit.Solver)
     assert torch.equal(thrown.evaluations[0], usual.evaluations[0])
 
 
+def after_one_pair(solver: implicit.Solver, ys: list[Tensor], rs: list[Tensor]) -> Tensor:
+    """The next iterate of one sample ``(D,)`` that knows its last pair of differences alone."""
+    dy, dr, r = ys[-1] - ys[-2], rs[-1] - rs[-2], rs[-1]
+    if isinstance(solver, Anderson):
+        gamma = dr.dot(r) / (dr.dot(dr) * (1 + solver.ridge))
+        return ys[-1] + r - (dy + dr) * gamma
+    matrix = torch.eye(len(r), dtype=r.dtype) + torch.outer(-dr - dy, dy) / dy.dot(dy)
+    return ys[-1] + torch.linalg.solve(matrix, r)
+
+
+@pytest.mark.parametrize("solver", [Anderson(restart=100.0), Broyden(restart=100.0)], ids=repr)
+@pytest.mark.parametrize(("push", "forgets"), [(1e4, True), (1e-6, False)])
+def test_pairs_are_forgotten_when_the_residual_grows_beyond_the_best(
+    solver: implicit.Solver, push: float, forgets: bool
+) -> None:
+    """By more than ``restart``, and for the sample alone whose residual did."""
+    w, b = 0.5 * random(6, 6, seed=1) / 6**0.5, random(2, 6, seed=2)
+    calls: list[int] = []
+
+    def f(y: Tensor) -> Tensor:
+        calls.append(1)
+        image = torch.tanh(y @ w + b)
+        if len(calls) == 4:
+            image[1] += push * random(6, seed=3)
+        return image
+
+    seen = Counted(f)
+    with torch.no_grad():
+        fixed_point(seen, torch.zeros(2, 6, dtype=torch.float64), solver=solver, stop=Steps(5))
+    calls.clear()
+    images = [f(y) for y in seen.seen]
+    for sample, expected in ((0, False), (1, forgets)):
+        ys = [y[sample] for y in seen.seen[:4]]
+        rs = [image[sample] - y for image, y in zip(images[:4], ys, strict=True)]
+        fresh = after_one_pair(solver, ys, rs)
+        length = (fresh - ys[-1]).norm()
+        assert bool((seen.seen[4][sample] - fresh).norm() < 1e-7 * length) == expected
+
+
+@pytest.mark.parametrize("solver", SECANT, ids=repr)
+def test_numbers_whose_squares_overflow_take_the_plain_step(solver: implicit.Solver) -> None:
+    """1e200 squared is infinite, and no weights come of it; its neighbour is solved as ever."""
+    scale = torch.tensor([[1e200], [1.0]], dtype=torch.float64)
+
+    def f(y: Tensor) -> Tensor:
+        return scale * torch.cos(y / scale)
+
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    found = fixed_point(f, start, solver=solver, stop=Steps(8)).value
+    plain = fixed_point(f, start, solver=Naive(), stop=Steps(8)).value
+    alone = fixed_point(torch.cos, start[1:], solver=solver, stop=Steps(8)).value
+    if getattr(solver, "mixing", 1.0) == 1:
+        torch.testing.assert_close(found[0], plain[0], rtol=1e-12, atol=0)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found[1:], alone, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("solver", ALL, ids=repr)
 def test_one_solver_object_serves_a_solve_within_its_own(solver: implicit.Solver) -> None:
     """``y = (x(y) + d) / 2`` where ``x(y)`` solves ``x = (cos x + y) / 2``: all equal Dottie's."""

@@ -373,6 +373,119 @@ def test_gradient_flows_on_through_a_non_leaf_argument() -> None:
     assert_same(grads(cell), grads(twin))
 
 
+def through_features(
+    make: Callable[[Tensor], tuple[Tensor, ...]], named: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradient of a weight behind the arguments: by supervise, and by hand."""
+    x, target = inputs()
+    start = torch.zeros_like(target)
+    loss = loss_to(target)
+
+    def f(y: Tensor, *features: Tensor) -> Tensor:
+        return torch.tanh(0.4 * y + sum(features))
+
+    weight = Cell().weight
+    found = supervise(
+        f,
+        start,
+        loss,
+        at=(1, 4),
+        args=make(x @ weight),
+        parameters=[weight] if named else [],
+    ).loss
+    (gradient,) = torch.autograd.grad(found, weight)
+    features = make(x @ weight)
+    y, losses = start, []
+    for n in range(1, 5):
+        y = f(y, *features).detach()
+        if n in (1, 4):
+            losses.append(loss(f(f(y, *features), *features), n))
+    (wanted,) = torch.autograd.grad(total(losses), weight)
+    return found.detach(), gradient, total(losses).detach(), wanted
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["", "the weight is a parameter too"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda h: (h,),
+        lambda h: (h.exp(),),  # whose graph keeps tensors, which only one pass may use up
+        lambda h: (h, h + 1),
+        lambda h: (h.tanh(), h.tanh().exp(), h),
+        lambda h: (h, h.sin(), h),
+    ],
+    ids=["linear", "kept", "two levels", "a pyramid", "a level twice"],
+)
+def test_arguments_made_from_one_another_and_from_parameters(
+    make: Callable[[Tensor], tuple[Tensor, ...]], named: bool
+) -> None:
+    """Feature maps of a backbone, each made from the one before, and ``model.parameters()``.
+
+    What lies behind an argument gets its gradient through it, once and in the outer pass.
+    """
+    loss, gradient, wanted_loss, wanted = through_features(make, named)
+    torch.testing.assert_close(loss, wanted_loss)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_intermediate_tensor_that_is_closed_over_and_named() -> None:
+    """Named itself it gets gradient like a leaf, and hands it on to what it was made from."""
+    cell, base = Cell(), torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
+    x, target = inputs()
+
+    def answer(shift: Tensor, by_supervise: bool) -> Tensor:
+        def f(y: Tensor) -> Tensor:
+            return cell(y, x + shift)
+
+        if by_supervise:
+            return supervise(
+                f,
+                torch.zeros_like(target),
+                loss_to(target),
+                at=(1, 4),
+                parameters=[*cell.parameters(), shift],
+            ).loss
+        y, losses = torch.zeros_like(target), []
+        for n in range(1, 5):
+            y = f(y).detach()
+            if n in (1, 4):
+                losses.append(loss_to(target)(f(f(y)), n))
+        return total(losses)
+
+    found, wanted = (
+        torch.autograd.grad(answer(base.exp(), way), (base, cell.weight)) for way in (True, False)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("gradient", MODES, ids=repr)
+def test_closed_form_on_an_affine_map(gradient: Gradient) -> None:
+    """``f(y) = yJᵀ + x`` and the loss ``⟨v_n, y⟩``: by ``x`` it is ``Σ_n M v_n``, wherever y is."""
+    j = Cell().weight.detach().T
+    x, start = inputs()
+    x = x.requires_grad_()
+    v = {n: inputs(seed=n)[0] for n in (1, 4, 6)}
+    found = supervise(
+        lambda y, x: y @ j.T + x,
+        start,
+        lambda y, n: (v[n] * y).sum(),
+        at=tuple(v),
+        gradient=gradient,
+        args=(x,),
+    )
+    (of_x,) = torch.autograd.grad(found.loss, x)
+    eye = torch.eye(4, dtype=torch.float64)
+    if isinstance(gradient, Implicit):
+        matrix = torch.linalg.inv(eye - j)
+    else:
+        terms = getattr(gradient, "k", 1)
+        rate = getattr(gradient, "damping", 1.0)
+        step = rate * j + (1 - rate) * eye
+        matrix = rate * torch.stack([torch.linalg.matrix_power(step, i) for i in range(terms)]).sum(0)
+    torch.testing.assert_close(of_x, sum(v.values()) @ matrix, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
