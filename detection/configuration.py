@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from typing import Any, TypeVar
@@ -56,6 +57,8 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _read_union(options, data, where)
+    if inspect.isabstract(kind):  # a solver of any kind, say
+        return _read_union(tuple(kind.__subclasses__()), data, where)
     if origin is typing.Literal:
         if not any(type(data) is type(option) and data == option for option in options):
             raise ConfigurationError(

@@ -22,7 +22,8 @@ def test_python_blocks_run() -> None:
 
 
 def test_every_recipe_is_in_the_table_with_its_size() -> None:
-    rows = re.findall(r"^\| (`\w+`.*?) \|.*\| ([\d., M]+) \|$", README, flags=re.MULTILINE)
+    pattern = r"^\| (`\w+`.*?) \|.*\| ((?:[\d.]+ M(?:, )?)+) \|$"
+    rows = re.findall(pattern, README, flags=re.MULTILINE)
     stated = {
         name: size
         for names, sizes in rows

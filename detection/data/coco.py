@@ -175,7 +175,10 @@ annotations/instances_val2017.json.
     """
     train = load_coco_split(root, "train", train_transform, skip_empty=skip_empty)
     if not train.number_of_targets:
-        raise DataError(f"{root}: no training annotation can be trained on.")
+        raise DataError(
+            f"{train.images}: no annotation can be trained on; crowd regions and boxes without "
+            "area do not count. Add boxes to the annotation file of the training set."
+        )
     val = load_coco_split(root, "val", val_transform, categories=train.categories)
     return train, val
 

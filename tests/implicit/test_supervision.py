@@ -482,7 +482,8 @@ def test_closed_form_on_an_affine_map(gradient: Gradient) -> None:
         terms = getattr(gradient, "k", 1)
         rate = getattr(gradient, "damping", 1.0)
         step = rate * j + (1 - rate) * eye
-        matrix = rate * torch.stack([torch.linalg.matrix_power(step, i) for i in range(terms)]).sum(0)
+        powers = [torch.linalg.matrix_power(step, i) for i in range(terms)]
+        matrix = rate * torch.stack(powers).sum(0)
     torch.testing.assert_close(of_x, sum(v.values()) @ matrix, rtol=1e-9, atol=1e-9)
 
 
