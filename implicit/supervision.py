@@ -107,7 +107,8 @@ def supervise(
         args: further arguments of ``f``; tensors in it (also inside pytrees) that require
             gradient receive it.
         parameters: every tensor that ``f`` or ``loss`` close over and that is to receive
-            gradient.  One that is reached and not named raises an error, so none is lost.
+            gradient.  One that is reached and not named raises an error, so none is lost.  What
+            was itself computed from parameters goes through ``args``.
         generator: source of the noise, for runs that repeat.
 
     Returns:
@@ -162,7 +163,9 @@ class _Walk:
         self.gradient, self.solver = gradient, solver
         self.perturbation, self.generator = perturbation, generator
         self.layout = Layout(y0)
-        self.f = FlatMap(f, self.layout, args)
+        # Inside, arguments are leaves: gradients end at them, whatever they were made from.
+        self.inside: dict[Tensor, Tensor] = {}
+        self.f = FlatMap(f, self.layout, pytree.tree_map(self._as_leaf, args))
         self.losses: list[Tensor] = []
         self.aux: list[Any] = []
         self.value: State = None
@@ -170,6 +173,10 @@ class _Walk:
     def run(self, sources: Sequence[Tensor], tracked: bool) -> tuple[Tensor, list[Tensor | None]]:
         """Total loss, and its gradient with respect to each of ``sources``."""
         sums: list[Tensor | None] = [None] * len(sources)
+        # A source may be met as an argument, as itself (closed over), or as both.
+        places = [(i, self.inside[t]) for i, t in enumerate(sources) if t in self.inside]
+        places += enumerate(sources)
+        targets = [tensor for _, tensor in places]
 
         def visit(n: int, before: Tensor, after: Tensor) -> None:
             if n not in self.at:
@@ -181,8 +188,8 @@ class _Walk:
                 scalar, aux = result if isinstance(result, tuple) else (result, None)
                 self._check_scalar(scalar, n)
             if tracked and scalar.requires_grad:
-                _check_named(scalar, sources)
-                for i, part in enumerate(_gradients(scalar, sources)):
+                _check_named(scalar, targets)
+                for (i, _), part in zip(places, _gradients(scalar, targets), strict=True):
                     if part is not None:
                         old = sums[i]
                         # Never in place: autograd may hand out one tensor for two sources.
@@ -201,6 +208,11 @@ class _Walk:
             )
         self.value = self.layout.unpack(outcome.value)
         return torch.stack(self.losses).sum(), sums
+
+    def _as_leaf(self, x: Any) -> Any:
+        if not (isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()):
+            return x
+        return self.inside.setdefault(x, x.detach().requires_grad_())
 
     def _disturbed(self, before: Tensor, after: Tensor) -> Tensor:
         """The state to supervise: ``after``, or what noise for this position alone makes of it."""
@@ -251,7 +263,7 @@ class _Supervise(torch.autograd.Function):
 def _gradients(loss: Tensor, sources: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Gradients of one position, without the tensors' own hooks: these see the sum, once."""
     if not sources:
-        return ()
+        return []
     hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in sources if t._backward_hooks]
     for registered, _ in hooks:
         registered.clear()

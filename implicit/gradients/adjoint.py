@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.arguments import check_count
+from implicit.arguments import check_count, check_kind
 from implicit.gradients.base import Gradient, Map
 from implicit.gradients.graph import Start, leaves_of
 from implicit.solve import solve
 from implicit.solvers import Anderson, Solver
-from implicit.stopping import Stop, Tolerance
+from implicit.stopping import Steps, Stop, Tolerance
 
 
 class ConvergenceWarning(UserWarning):
@@ -76,6 +76,11 @@ class Implicit(Gradient):
 
     solver: Solver = field(default_factory=Anderson)
     stop: Stop | None = None
+
+    def __post_init__(self) -> None:
+        check_kind("solver", self.solver, Solver, "implicit.Anderson(memory=5)")
+        if self.stop is not None:
+            check_kind("stop", self.stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-6)")
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
         def inverse(transposed: Map, v: Tensor) -> Tensor:

@@ -354,6 +354,20 @@ def test_nothing_to_differentiate(gradient: Gradient) -> None:
     assert not solution.value.requires_grad
 
 
+@pytest.mark.parametrize("gradient", MODES, ids=repr)
+def test_map_that_ignores_its_state(gradient: Gradient) -> None:
+    """``f(y) = sin x`` is its own fixed point; ``J = 0`` and every term but the first vanishes."""
+    x = random(2, 3, seed=1).requires_grad_()
+    value = fixed_point(
+        lambda y: torch.sin(x), torch.zeros(2, 3, dtype=torch.float64), gradient=gradient
+    ).value
+    torch.testing.assert_close(value.detach(), torch.sin(x.detach()))
+    (found,) = torch.autograd.grad(value.sum(), x)
+    # A damped step keeps 1 − λ of what it had: 1 − (1 − λ)^k of the gradient arrives.
+    share = 1 - (1 - gradient.damping) ** gradient.k if isinstance(gradient, Phantom) else 1.0
+    torch.testing.assert_close(found, share * torch.cos(x.detach()))
+
+
 @pytest.mark.parametrize("gradient", [m for m in MODES if m != BPTT()], ids=repr)
 def test_start_gets_no_gradient(gradient: Gradient) -> None:
     w, x, y0 = problem()
@@ -683,3 +697,13 @@ def test_phantom_damping_out_of_range(damping: float) -> None:
 def test_unknown_options_are_refused(kind: Any, name: str) -> None:
     with pytest.raises(TypeError, match=name):
         kind(**{name: 2})
+
+
+@pytest.mark.parametrize(
+    "options", [{"solver": "anderson"}, {"solver": Anderson}, {"stop": 5}, {"stop": "exact"}]
+)
+def test_choices_of_implicit_are_checked_where_they_are_made(options: dict[str, Any]) -> None:
+    """And not in the middle of a backward pass."""
+    (name,) = options
+    with pytest.raises(TypeError, match=rf"{name}=.*is not a {name}: pass an object such as"):
+        Implicit(**options)

@@ -526,13 +526,14 @@ def after_one_pair(solver: implicit.Solver, ys: list[Tensor], rs: list[Tensor]) 
 def test_pairs_are_forgotten_when_the_residual_grows_beyond_the_best(
     solver: implicit.Solver, push: float, forgets: bool
 ) -> None:
-    """By more than ``restart``, and for the sample alone whose residual did."""
+    """By more than ``restart`` times its own best, and for the sample alone whose residual did."""
     w, b = 0.5 * random(6, 6, seed=1) / 6**0.5, random(2, 6, seed=2)
+    scale = torch.tensor([[1e8], [1.0]], dtype=torch.float64)
     calls: list[int] = []
 
     def f(y: Tensor) -> Tensor:
         calls.append(1)
-        image = torch.tanh(y @ w + b)
+        image = scale * torch.tanh((y / scale) @ w + b)
         if len(calls) == 4:
             image[1] += push * random(6, seed=3)
         return image

@@ -323,6 +323,25 @@ def test_overflow_in_the_very_last_step_is_seen() -> None:
     assert solution.status.tolist() == [Status.DIVERGED, Status.STOPPED]
 
 
+class Leap(implicit.Solver):
+    """A solver whose proposal is infinite, though all that it was shown is not."""
+
+    def init(self, y: Tensor) -> None:
+        return None
+
+    def step(self, memory: None, y: Tensor, fy: Tensor) -> tuple[Tensor, None]:
+        return torch.full_like(fy, torch.inf), None
+
+
+def test_overflow_of_the_step_itself_is_seen() -> None:
+    """The residual is finite at the last state evaluated, one step before the value."""
+    solution = implicit.fixed_point(
+        torch.cos, torch.zeros(2, 1), solver=Leap(), stop=implicit.Steps(1)
+    )
+    assert solution.residual.tolist() == [1, 1]
+    assert solution.status.tolist() == [Status.DIVERGED] * 2
+
+
 def test_overflow_of_the_value_in_its_own_dtype_is_seen() -> None:
     """The secant step finds 1e5, which float16 cannot hold: infinite, so not merely stopped."""
     solution = implicit.fixed_point(

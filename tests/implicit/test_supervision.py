@@ -583,7 +583,10 @@ def test_hooks_on_parameters() -> None:
     assert_same([seen[0], cell.weight.grad], [wanted[0], 2 * wanted[0]])
 
 
-def test_hook_that_scales_in_place_does_not_reach_another_tensor() -> None:
+@pytest.mark.parametrize(("gradient", "factor"), [(JFB(), 1.0), (RAG(2), 1.5)], ids=repr)
+def test_hook_that_scales_in_place_does_not_reach_another_tensor(
+    gradient: Gradient, factor: float
+) -> None:
     """Autograd may hand one tensor to two sources; sums must not be aliased."""
     a = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     b = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
@@ -592,12 +595,12 @@ def test_hook_that_scales_in_place_does_not_reach_another_tensor() -> None:
         torch.ones(2, 3, dtype=torch.float64),
         lambda y, n: y.sum(),
         at=(1, 2, 4),
-        gradient=RAG(2),
+        gradient=gradient,
         args=(a, b),
     )
     found.loss.backward()
     assert a.grad is not None and b.grad is not None
-    wanted = torch.full((2, 3), 3 * 1.5, dtype=torch.float64)  # (1 + 1/2) at three positions
+    wanted = torch.full((2, 3), 3 * factor, dtype=torch.float64)  # 1 or 1 + 1/2, thrice
     torch.testing.assert_close(a.grad, wanted)
     a.grad.mul_(100)
     torch.testing.assert_close(b.grad, wanted)
