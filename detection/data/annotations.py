@@ -8,7 +8,6 @@ workers no copies of Python objects.
 from __future__ import annotations
 
 import json
-import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ from torch import Tensor
 
 from detection.data.errors import DataError
 from detection.data.types import Categories
+
+_MOST = 1e300
+"""Numbers of a file are below this; so a larger integer is refused, not converted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +81,8 @@ def read_annotations(path: Path) -> Annotations:
     records = document["annotations"]
     if not records:
         raise DataError(
-            f"{path}: the annotation list is empty; there is nothing to learn or to evaluate."
+            f"{path}: the annotation list is empty; there is nothing to learn or to evaluate. "
+            "Give a file with annotations."
         )
     class_of = {category_id: i for i, category_id in enumerate(categories.ids)}
     candidates, owners, labels, corners = [], [], [], []
@@ -132,7 +135,13 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path}: the annotation file cannot be read ({error}).") from error
     except ValueError as error:
-        raise DataError(f"{path}: this is not JSON ({error}).") from error
+        raise DataError(
+            f"{path}: this is not JSON ({error}). Export or download the file again."
+        ) from error
+    except RecursionError:
+        raise DataError(
+            f"{path}: the JSON is nested too deeply for a COCO instances file. Export it again."
+        ) from None
     expected = ("images", "annotations", "categories")
     if not isinstance(document, dict):
         raise DataError(f"{path}: a COCO instances file is an object with the lists {expected}.")
@@ -199,12 +208,14 @@ def _side(image: dict[str, Any], key: str, path: Path) -> int:
 def _look_up(index: dict[int, int], key: Any, complaint: str) -> int:
     position = index.get(key) if isinstance(key, int) else None
     if position is None:
-        raise DataError(f"{complaint} {key!r}.")
+        raise DataError(f"{complaint} {key!r}. Add it, or remove the annotation.")
     return position
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < _MOST  # NaN is not, and an integer may be too large for a float
 
 
 def _check_box(box: Any, where: str) -> tuple[float, float, float, float]:
