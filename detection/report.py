@@ -101,4 +101,4 @@ def _residuals(model: Detector, batches: Sequence[Batch]) -> Tensor | None:
 
 
 def _enlargement(image: Tensor) -> float:
-    return max(1.0, SHORT_SIDE / min(image.shape[1:]))
+    return max(1.0, min(SHORT_SIDE / min(image.shape[1:]), 2000 / max(image.shape[1:])))

@@ -132,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
+        check(options)
         with init_from_environment(options.device) as distributed:
             if options.evaluate:
                 run_evaluation(options, distributed, console)
@@ -145,9 +146,30 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted; --resume with the same --output goes on.")
+        Console(stderr=True).print(
+            "Interrupted. A run goes on from the end of its last whole epoch with --resume and "
+            "the same --output."
+        )
         return 130
     return 0
+
+
+def check(options: Options) -> None:
+    """Raise `ValueError` for options that contradict each other."""
+    if options.evaluate and options.predict:
+        raise ValueError("--evaluate and --predict exclude each other: give one of them.")
+    if options.predict and options.checkpoint is None:
+        raise ValueError("--predict needs --checkpoint: the .safetensors file of a run.")
+    if options.checkpoint and not options.predict:
+        raise ValueError(
+            "--checkpoint goes with --predict IMAGES; to score it use --evaluate CHECKPOINT."
+        )
+    if options.resume and (options.evaluate or options.predict):
+        raise ValueError("--resume goes with training alone.")
+    if options.resume and options.output is None:
+        raise ValueError("--resume needs --output: the folder of the run to go on with.")
+    if not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold {options.threshold}: must lie in [0, 1].")
 
 
 def run_training(options: Options, distributed: Distributed, console: Console) -> None:
@@ -208,8 +230,7 @@ def run_evaluation(options: Options, distributed: Distributed, console: Console)
 
 def run_prediction(options: Options, distributed: Distributed, console: Console) -> None:
     """Pictures of the detections on some images, and the detections as JSON."""
-    if options.checkpoint is None:
-        raise ValueError("--predict needs --checkpoint: the .safetensors file of a run.")
+    assert options.checkpoint is not None
     model, settings, categories = load_detector(options.checkpoint)
     found = predict(model.to(distributed.device), options.predict, settings.augmentation)
     folder = options.output or new_run("predictions", distributed)
@@ -221,7 +242,7 @@ def run_prediction(options: Options, distributed: Distributed, console: Console)
             detections,
             categories,
             threshold=options.threshold,
-            scale=max(1, 480 // min(image.shape[1:])),
+            scale=max(1, min(480 // min(image.shape[1:]), 2000 // max(image.shape[1:]))),
         )
         target = folder / f"{number:03d}_{path.stem}.png"
         save_image(picture, target)

@@ -93,7 +93,11 @@ def read_annotations(path: Path) -> Annotations:
             class_of, record.get("category_id"), f"{where}: there is no category with id"
         )
         x, y, width, height = _check_box(record.get("bbox"), where)
-        record.setdefault("area", width * height)
+        area = record.setdefault("area", width * height)
+        if not _is_number(area) or area < 0:
+            raise DataError(
+                f"{where}: the area is {area!r}; give a number not below 0, or leave it out."
+            )
         if record.setdefault("iscrowd", 0) not in (0, 1):
             raise DataError(f"{where}: iscrowd is {record['iscrowd']!r}; it must be 0 or 1.")
         if not record["iscrowd"]:

@@ -125,8 +125,11 @@ def train(
                 f"epoch {epoch + 1} of {recipe.optimization.epochs}"
                 + (f": AP {scores.AP:.4f}, AP50 {scores.AP50:.4f}" if scores else "")
             )
-    if scores is None:
-        scores = run.evaluate(val_set)
+        if scores is None:  # resumed after its last epoch, whose evaluation may have been cut off
+            scores = run.evaluate(val_set)
+            if run.unscored:
+                log.write({"step": run.step, "epoch": run.epoch, "scores": to_json(scores)})
+                run.save(run.epoch, scores)
     return Trained(run.best_weights, scores, folder)
 
 
@@ -151,6 +154,11 @@ class _Run:
             raise TrainingError(
                 f"{folder} holds the checkpoints of another run, which is left as it is. Resume "
                 "it (--resume), or choose another folder (--output)."
+            )
+        if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise TrainingError(
+                f"{folder} is not an empty folder; what is in it is left as it is. Choose another "
+                "folder (--output), or empty this one."
             )
         torch.manual_seed(recipe.seed)
         self.recipe, self.distributed, self.checkpoints = recipe, distributed, checkpoints
@@ -177,6 +185,7 @@ class _Run:
         self.schedule = make_schedule(self.optimizer, settings, len(self.loader))
         self.total_steps = settings.epochs * len(self.loader)
         self.step = self.epoch = 0
+        self.unscored = False
         # Noise differs between processes, weights do not.
         self.generator = torch.Generator(device).manual_seed(recipe.seed + 1 + distributed.rank)
         if previous is not None:
@@ -277,6 +286,7 @@ class _Run:
                 f"{path} was trained with another configuration. Resume with that of "
                 f"{path.parent.parent / 'config.json'}, or begin a new run."
             )
+        self.unscored = not metadata["metrics"]
         state = load_training_state(path)
         restore(self.detector, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

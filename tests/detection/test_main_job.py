@@ -165,6 +165,13 @@ def test_existing_run_is_not_overwritten(digits: Path, tmp_path: Path) -> None:
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
+def test_folder_of_other_files_is_refused(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 5}\n')
+    with pytest.raises(TrainingError, match="not an empty folder.*--output"):
+        run(tiny(), digits, tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 5}\n'
+
+
 def test_non_finite_loss_stops_with_image_ids(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +252,8 @@ def test_two_processes_train_together(digits: Path, tmp_path: Path) -> None:
         (["--recipe", "deqdet_r50_1"], "Did you mean 'deqdet_r50_1x'"),
         (["--evaluate", "nothing.safetensors"], "nothing.safetensors does not exist"),
         (["--predict", "a.jpg"], "--predict needs --checkpoint"),
+        (["--checkpoint", "a.safetensors"], "--checkpoint goes with --predict"),
+        (["--resume"], "--resume needs --output"),
         (["--device", "cuda:99"], "The device 'cuda:99'"),
         (["--model.decoder.multiples", "9"], "lies beyond the path of 20 steps"),
     ],
