@@ -230,6 +230,15 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
         dataset_of(root, skip_empty=True)
 
 
+@pytest.mark.parametrize("area", [None, "12", -1, float("nan"), 10**400])
+def test_a_bad_area_is_refused_before_training(tmp_path: Path, area: object) -> None:
+    """pycocotools would stumble over it after the first epoch."""
+    content = document()
+    content["annotations"][0]["area"] = area
+    with pytest.raises(DataError, match=r"annotation \d+: the area is"):
+        dataset_of(write_folder(tmp_path, content))
+
+
 def test_missing_image_files_are_counted_and_named(tmp_path: Path) -> None:
     root = write_folder(tmp_path)
     (root / "train2017" / "five.png").unlink()
