@@ -1,14 +1,28 @@
-"""What the benchmarks share: memory that can be counted exactly, and the machine's name."""
+"""What the benchmarks share: exact counts of memory, operations and evaluations; results as files.
+
+Memory and operations are counted where torch dispatches them, so they are the same on every
+machine; results are written with the machine, versions, command and date they come from.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 from weakref import finalize
 
 import torch
+from rich.console import Console
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class SavedBytes:
@@ -37,7 +51,7 @@ class SavedBytes:
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> _Holder:
@@ -70,6 +84,79 @@ def saved_bytes(run: Callable[[], object], outside: list[Tensor]) -> int:
     return saved.peak
 
 
+class Operations(TorchDispatchMode):
+    """Counts tensor operations, and the bytes of the storages they made that are alive.
+
+    What lived before is not counted, nor a storage seen through a second tensor, nor what an
+    operation allocates and frees inside itself.  Deterministic, on any device.
+
+    Example:
+        >>> with Operations() as operations:
+        ...     y = torch.ones(1000) * 2 + 1
+        >>> operations.count, operations.peak  # the product is alive while the sum is made
+        (3, 8000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.now = self.peak = 0
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {ref.cdata for ref, _ in _storages((args, kwargs))}
+        for ref, size in _storages(result):
+            if ref.cdata not in given and ref.cdata not in self.alive:
+                self.alive[ref.cdata] = ref, size
+        # A weak reference keeps the address from being given to another storage.
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        self.count += 1
+        self.now = sum(size for _, size in self.alive.values())
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def _storages(tree: Any) -> list[tuple[StorageWeakRef, int]]:
+    storages = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    return [(StorageWeakRef(storage), storage.nbytes()) for storage in storages]
+
+
+def live_bytes(run: Callable[[], object]) -> int:
+    """Most bytes alive at once of what ``run`` allocates in tensors (see `Operations`)."""
+    with Operations() as operations:
+        run()
+    return operations.peak
+
+
+def operations_of(run: Callable[[], object]) -> int:
+    """Tensor operations that ``run`` does, views included (see `Operations`)."""
+    with Operations() as operations:
+        run()
+    return operations.count
+
+
+class Counted:
+    """``f``, counting its calls and the rows of the states it was called with.
+
+    Example:
+        >>> f = Counted(torch.cos)
+        >>> y = f(f(torch.ones(4, 1)))
+        >>> f.calls, f.rows
+        (2, 8)
+    """
+
+    def __init__(self, f: Callable[..., Tensor]) -> None:
+        self.f = f
+        self.calls = self.rows = 0
+
+    def __call__(self, y: Tensor, *args: Any) -> Tensor:
+        self.calls += 1
+        self.rows += len(y)
+        return self.f(y, *args)
+
+
 def machine() -> str:
     """Processor, cores, system and versions, for the head of a table."""
     cuda = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -77,3 +164,47 @@ def machine() -> str:
         f"{platform.machine()} with {torch.get_num_threads()} threads{cuda}, "
         f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def provenance(module: str) -> dict[str, Any]:
+    """Where results come from: machine, versions, command and date."""
+    versions = {}
+    for name in ("torch", "numpy", "torchdeq", "scipy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "machine": machine(),
+        "versions": versions,
+        "command": f"python -m benchmarks.{module}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def output_folder(description: str | None) -> Path:
+    """The one option that the benchmarks have, ``--output``; the folder is made."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).parent / "results"
+    parser.add_argument(
+        "--output", type=Path, default=default, help="folder for results (benchmarks/results)"
+    )
+    folder: Path = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def wide_console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough for them in a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=180)
+
+
+def write_results(folder: Path, module: str, results: Any) -> Path:
+    """Write ``results`` with their `provenance` to ``folder/module.json``."""
+    path = folder / f"{module}.json"
+    content = {**provenance(module), "results": results}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,258 @@
+"""The benchmarks at tiny sizes: what they count is right, and what they write can be read back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import implicit
+from benchmarks import gradient_error, measure, mixed_batches, overhead, robustness
+from benchmarks.problems import problem
+
+# -- measure -------------------------------------------------------------------------------------
+
+
+def test_live_bytes_follow_what_is_alive() -> None:
+    x = torch.ones(100, dtype=torch.float64)
+
+    def run() -> None:
+        kept = [x + i for i in range(3)]
+        del kept[0]
+        kept[0].mul_(2)  # in place: no storage of its own
+        kept[0].view(10, 10).mT.unsqueeze(0)  # nor has a view
+        torch.cat([kept[0], kept[1]])
+
+    assert measure.live_bytes(run) == (2 + 2) * 800
+    assert measure.operations_of(run) == 3 + 1 + 3 + 1
+
+
+def test_live_bytes_leave_out_what_lived_before() -> None:
+    x = torch.ones(100)
+    assert measure.live_bytes(lambda: x.view(10, 10).add_(1)) == 0
+
+
+def test_live_bytes_of_a_chain_are_two_links() -> None:
+    def run() -> None:
+        y = torch.ones(100)
+        for _ in range(5):
+            y = y + 1
+
+    assert measure.live_bytes(run) == 2 * 400
+
+
+def test_counted_counts_rows_and_passes_arguments() -> None:
+    f = measure.Counted(lambda y, x: y + x)
+    for rows in (3, 2):
+        assert f(torch.ones(rows, 4), torch.tensor(2.0)).sum() == 12 * rows
+    assert (f.calls, f.rows) == (2, 5)
+
+
+def test_results_are_written_with_their_provenance(tmp_path: Path) -> None:
+    path = measure.write_results(tmp_path, "overhead", {"ρ": [1.5]})
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert path == tmp_path / "overhead.json"
+    assert written["results"] == {"ρ": [1.5]}
+    assert written["command"] == "python -m benchmarks.overhead"
+    assert torch.__version__.startswith(written["versions"]["torch"])
+    assert written["machine"] == measure.machine()
+    assert written["date"].startswith("20")
+
+
+# -- robustness ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", robustness.METHODS)
+def test_every_method_solves_the_cosine(name: str) -> None:
+    cosine = problem("cosine")
+    run = robustness.run(cosine, name, robustness.METHODS[name])
+    assert run.solved and run.residual <= 1e-6
+    assert 3 <= run.evaluations <= 100
+
+
+def test_a_method_is_judged_by_what_it_returns() -> None:
+    cosine = problem("cosine")
+    liar = robustness.run(cosine, "liar", lambda f, y0: f(y0))
+    assert not liar.solved and liar.evaluations == 1
+    assert liar.residual == pytest.approx(abs(torch.tensor(1.0).cos().cos() - 0.5403023).item())
+
+
+def test_a_method_that_never_ends_is_stopped() -> None:
+    def endless(f: Callable[[Tensor], Tensor], y0: Tensor) -> Tensor:
+        while True:
+            f(y0)
+
+    run = robustness.run(problem("cosine"), "endless", endless)
+    assert not run.solved and run.evaluations == robustness.BUDGET + 1
+
+
+def test_an_error_in_our_own_code_is_not_taken_for_a_failure_to_converge() -> None:
+    def broken(f: Callable[[Tensor], Tensor], y0: Tensor) -> Tensor:
+        raise TypeError("a slip")
+
+    with pytest.raises(TypeError, match="a slip"):
+        robustness.run(problem("cosine"), "broken", broken)
+
+
+def made_up_runs() -> list[robustness.Run]:
+    evaluations: dict[str, dict[str, int | None]]
+    evaluations = {"swift": {"p": 4, "q": 30, "r": None}, "steady": {"p": 8, "q": 10, "r": 50}}
+    return [
+        robustness.Run(p, "family", method, n or 1001, 0.0 if n else 1.0, n is not None)
+        for method, row in evaluations.items()
+        for p, n in row.items()
+    ]
+
+
+def test_profile_is_of_ratios_to_the_best() -> None:
+    assert robustness.profile(made_up_runs()) == {"swift": [1, 3], "steady": [1, 1, 2]}
+    assert robustness.solved_by_all(made_up_runs(), ["swift", "steady"]) == ["p", "q"]
+    assert robustness.solved_by_all(made_up_runs(), ["steady"]) == ["p", "q", "r"]
+
+
+def test_robustness_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tuple(problem(name) for name in ("cosine", "rotation-90"))
+    monkeypatch.setattr(robustness, "problems", lambda: few)
+    written = main_of("robustness", robustness.main, tmp_path, monkeypatch)
+    assert written["solved"]["Anderson"] == 2 and written["solved"]["Naive"] == 1
+    assert written["common"] == ["cosine", "rotation-90"]
+    assert len(written["runs"]) == 2 * len(robustness.METHODS)
+    assert "rotation-90" in capsys.readouterr().out
+    assert (tmp_path / "robustness.png").stat().st_size > 1000
+
+
+# -- overhead ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", overhead.SOLVERS)
+def test_overhead_counts_are_sane(name: str) -> None:
+    torchdeq, tolerance, steps = overhead.costs(name, 2, 16, evaluations=30, repeats=1)
+    assert [c.stop for c in (torchdeq, tolerance, steps)] == ["torchdeq", "Tolerance", "Steps"]
+    assert torchdeq.ratio == 1
+    assert 1 <= steps.operations <= tolerance.operations
+    histories = 0 if name == "Naive" else 2 * overhead.MEMORY
+    for cost in (torchdeq, tolerance, steps):
+        assert cost.copies >= histories + 2  # the state and its image
+
+
+def test_overhead_refuses_to_compare_unequal_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy: overhead.Contestant = lambda f, y0, evaluations: f(y0)  # noqa: E731
+    monkeypatch.setitem(overhead.SOLVERS, "Naive", (implicit.Naive(), lazy))
+    with pytest.raises(RuntimeError, match="evaluated f 1 times, not 30"):
+        overhead.costs("Naive", 2, 16, evaluations=30, repeats=1)
+
+
+def test_overhead_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "SIZES", ((2, 8),))
+    monkeypatch.setattr(overhead, "REPEATS", 1)
+    written = main_of("overhead", overhead.main, tmp_path, monkeypatch)
+    assert [(row["solver"], row["stop"]) for row in written] == [
+        (solver, stop) for solver in overhead.SOLVERS for stop in ("torchdeq", "Tolerance", "Steps")
+    ]
+
+
+# -- mixed batches -------------------------------------------------------------------------------
+
+
+def test_batches_have_the_radii_they_name() -> None:
+    for batch in mixed_batches.batches(size=5, dim=6):
+        radii = torch.linalg.eigvals(batch.inputs[0]).abs().amax(dim=1)
+        assert radii.max().item() == pytest.approx(0.95)
+        assert radii.min().item() == pytest.approx(0.2 if "hard" in batch.name else 0.1)
+        assert batch.start.shape == (5, 6)
+
+
+def test_maps_treat_rows_apart() -> None:
+    affine, tanh = (mixed_batches.batches(size=3, dim=4)[i] for i in (0, 2))
+    y = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+    a, b = affine.inputs
+    expected = torch.stack([a[i] @ y[i] + b[i] for i in range(3)])
+    torch.testing.assert_close(affine.f(y, *affine.inputs), expected)
+    a, b = tanh.inputs
+    expected = torch.stack([torch.tanh(a[i] @ y[i] + b[i]) for i in range(3)])
+    torch.testing.assert_close(tanh.f(y, *tanh.inputs), expected)
+
+
+@pytest.mark.parametrize("name", mixed_batches.SOLVERS)
+def test_rows_of_alike_samples_are_those_of_each_alone(name: str) -> None:
+    a, b = mixed_batches.inputs(torch.tensor([0.5], dtype=torch.float64), 4, seed=0)
+    alike = mixed_batches.Batch("alike", mixed_batches.affine, (a.repeat(3, 1, 1), b.repeat(3, 1)))
+    count = mixed_batches.rows(alike, name, mixed_batches.SOLVERS[name])
+    assert count.ratio == 1 and count.alone % 3 == 0
+
+
+def test_mixed_batches_print_and_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = mixed_batches.batches(size=4, dim=4)
+    monkeypatch.setattr(mixed_batches, "batches", lambda: small)
+    written = main_of("mixed_batches", mixed_batches.main, tmp_path, monkeypatch)
+    assert len(written) == len(small) * len(mixed_batches.SOLVERS)
+    for row in written:
+        assert row["ratio"] == row["together"] / row["alone"]
+        # At most its hardest sample, times its size; at least its samples, up to rounding.
+        assert 0.95 <= row["ratio"] <= 4
+
+
+# -- gradient error ------------------------------------------------------------------------------
+
+
+def test_exact_gradient_is_that_of_differences() -> None:
+    layer = gradient_error.make_layer(0.8, batch=2, dim=3)
+    exact = gradient_error.exact_gradient(layer)
+
+    def loss(w: Tensor) -> Tensor:
+        moved = gradient_error.Layer(w, layer.x, layer.v)
+        y = implicit.fixed_point(moved, torch.zeros_like(layer.x), stop=gradient_error.TIGHT)
+        return (layer.v * y.value).sum()
+
+    with torch.no_grad():
+        for i, j in ((0, 0), (0, 2), (1, 2)):
+            nudge = torch.zeros(3, 3, dtype=torch.float64)
+            nudge[i, j] = 1e-5
+            difference = (loss(layer.w + nudge) - loss(layer.w - nudge)) / 2e-5
+            assert difference.item() == pytest.approx(exact[i, j].item(), rel=1e-6)
+
+
+def test_layer_has_the_contraction_asked_for() -> None:
+    layer = gradient_error.make_layer(0.7, batch=2, dim=6)
+    assert torch.linalg.matrix_norm(layer.w, 2).item() == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("contraction", [0.3, 0.9])
+def test_errors_fall_with_the_terms(contraction: float) -> None:
+    names = ("JFB", "RAG(2)", "RAG(5)", "RAG(20)")
+    errors = [gradient_error.error_of(name, contraction).error for name in names]
+    assert all(more > less for more, less in pairwise(errors))
+    # k terms leave an error of the order of ‖J‖ᵏ, up to the conditioning of the remainder.
+    for k, error in zip((1, 2, 5, 20), errors, strict=True):
+        assert error <= 2 * contraction**k
+
+
+@pytest.mark.parametrize("scale", gradient_error.LOSS_SCALES)
+def test_implicit_meets_its_goal_whatever_the_scale_of_the_loss(scale: float) -> None:
+    assert gradient_error.error_of("Implicit", 0.95, scale).error <= gradient_error.GOAL
+
+
+def test_gradient_error_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_error, "CONTRACTIONS", (0.3, 0.5))
+    written = main_of("gradient_error", gradient_error.main, tmp_path, monkeypatch)
+    assert len(written["modes"]) == 2 * len(gradient_error.GRADIENTS)
+    assert len(written["scaled"]) == 2 * len(gradient_error.LOSS_SCALES)
+    assert (tmp_path / "gradient_error.png").stat().st_size > 1000
+
+
+def main_of(
+    module: str, main: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Run a benchmark as its command does, and read what it wrote."""
+    monkeypatch.setattr(sys, "argv", [module, "--output", str(folder)])
+    main()
+    return json.loads((folder / f"{module}.json").read_text(encoding="utf-8"))["results"]
