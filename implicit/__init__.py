@@ -25,7 +25,15 @@ from implicit.perturbation import (
     standard_normal,
 )
 from implicit.solution import Solution, SolveError, Status
-from implicit.solvers import Anderson, Broyden, Naive, Solver
+from implicit.solvers import (
+    Anderson,
+    Best,
+    Broyden,
+    Naive,
+    NewtonKrylov,
+    Solver,
+    WholeSolver,
+)
 from implicit.state import StateError
 from implicit.stopping import Steps, Tolerance
 from implicit.supervision import Supervision, positions, supervise
@@ -37,6 +45,7 @@ __all__ = [
     "JFB",
     "RAG",
     "Anderson",
+    "Best",
     "Broyden",
     "ConvergenceWarning",
     "FixedPoint",
@@ -45,6 +54,7 @@ __all__ = [
     "Implicit",
     "Naive",
     "Neumann",
+    "NewtonKrylov",
     "Noise",
     "NormScaledNoise",
     "Perturbation",
@@ -57,6 +67,7 @@ __all__ = [
     "Steps",
     "Supervision",
     "Tolerance",
+    "WholeSolver",
     "fixed_point",
     "positions",
     "standard_normal",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from implicit.arguments import check_kind, check_positions
 from implicit.gradients import Gradient, Implicit
+from implicit.problem import Problem
 from implicit.solution import Solution, Status
 from implicit.solve import Outcome, solve
 from implicit.solvers import Anderson, Solver
-from implicit.state import FlatMap, Layout, State, StateError
+from implicit.state import FlatMap, Layout, Select, State, StateError
 from implicit.stopping import Steps, Stop, Tolerance
 
 _DEFAULT_SOLVER = Anderson()
@@ -32,22 +35,34 @@ def fixed_point(
     has_aux: bool = False,
     path: Sequence[int] = (),
     trace: bool = False,
+    select: Select | None = None,
+    memory: Any = None,
+    keep_memory: bool = False,
 ) -> Solution:
     """Find ``y* = f(y*)`` for every sample of a batch.
 
     Args:
         f: ``f(y, *args) -> y``, or ``-> (y, aux)`` with ``has_aux``; treats samples apart.
         y0: where to start: a tensor or a pytree of tensors, real floating point, batch first.
-        solver: `Naive`, `Anderson` or `Broyden`.
+        solver: `Naive`, `Anderson`, `Broyden` or `NewtonKrylov`, and `Best` around any of them.
         stop: `Tolerance` (per sample) or `Steps`.
-        gradient: `JFB`, `RAG`, `Neumann`, `Phantom`, `Implicit` or `BPTT`.  It decides the
+        gradient: `JFB`, `RAG`, `Neumann`, `Phantom`, `Implicit`, `Auto` or `BPTT`.  It decides the
             derivative of the value and never the value.  Whatever ``f`` closes over (parameters,
             inputs) receives gradient without being listed.
-        args: further arguments of ``f``.
+        args: further arguments of ``f``.  Samples that have converged leave the batch if all that
+            belongs to samples is here: tensors whose first dimension is the batch, at any depth,
+            that are not parameters.  One sample is evaluated alone first; where its image is not
+            the same, all stay (and those that are done do not move).
         has_aux: whether ``f`` also returns something to look at.  It comes from the evaluation
             that the gradient tracks, if there is one.
         path: positions (step numbers from 1, rising) whose states are returned.
         trace: record the relative residual of every evaluation.
+        select: ``select(args, rows)`` returns the arguments for the samples ``rows (k,)``, where
+            the rule above is not right.
+        memory: what ``solution.memory`` of an earlier solve of the same shape holds: Anderson and
+            Broyden then begin with its secant pairs (the next frame of a film, the next step of
+            training).
+        keep_memory: return the solver's memory for such a solve.
 
     Returns:
         A `Solution`: the value with its status, counts and residuals per sample.
@@ -74,24 +89,24 @@ def fixed_point(
     most = stop.n if isinstance(stop, Steps) else stop.max_steps
     check_positions("path", path, most, f"what {stop} allows")
     layout = Layout(y0)
-    flat = FlatMap(f, layout, args, has_aux)
+    flat = FlatMap(f, layout, args, has_aux, select)
     start = layout.pack(y0)
     if isinstance(stop, Tolerance):  # which waits for the device anyway
         _check_finite(start)
-    wanted: dict[int, Tensor] = {}
-
-    def visit(n: int, before: Tensor, after: Tensor) -> None:
-        if n in path:
-            wanted[n] = after.detach()
-
-    with torch.set_grad_enabled(torch.is_grad_enabled() and gradient.tracks_path):
+    # The auxiliary output is that of the whole batch, so nobody may leave; nor has anybody to
+    # whose inputs are all closed over.
+    parts = flat.part if (args or select) and not has_aux else None
+    with solving(gradient.tracks_path):
         outcome = solve(
-            flat,
+            Problem(flat, part=parts, agreement=layout.eps**0.5),
             start,
             solver,
             stop,
-            visit=visit if path else None,
+            path=path,
             trace=trace,
+            memory=memory,
+            keep_memory=keep_memory,
+            finest=layout.eps if layout.narrows else 0.0,
         )
     value = outcome.value
     if torch.is_grad_enabled() and not gradient.tracks_path:
@@ -100,7 +115,7 @@ def fixed_point(
     if layout.narrows:  # what float32 can hold may overflow in the dtype of the state
         finite = torch.isfinite(layout.pack(layout.unpack(value.detach()))).all(dim=1)
         outcome.status = torch.where(finite, outcome.status, Status.DIVERGED)
-    states = [layout.unpack(wanted.get(n, outcome.value.detach())) for n in path]
+    states = [layout.unpack(state) for state in outcome.path]
     return _solution(layout.unpack(value), flat.aux, tuple(states), outcome)
 
 
@@ -179,6 +194,16 @@ class _WithGradientOf(torch.autograd.Function):
         return grad, None
 
 
+@contextmanager
+def solving(tracked: bool) -> Iterator[None]:
+    """No derivatives of the solver's own path, backward or forward, unless they are asked for."""
+    if tracked:
+        yield
+    else:
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+            yield
+
+
 def _solution(value: Any, aux: Any, path: tuple[Any, ...], outcome: Outcome) -> Solution:
     return Solution(
         value=value,
@@ -190,6 +215,7 @@ def _solution(value: Any, aux: Any, path: tuple[Any, ...], outcome: Outcome) -> 
         relative_residual=outcome.relative_residual,
         path=path,
         trace=torch.stack(outcome.trace) if outcome.trace else None,
+        memory=outcome.memory,
     )
 
 

@@ -54,6 +54,7 @@ class Solution:
             last is the answer where the solve ended early.
         trace: ``(evaluations, B)`` relative residual at every evaluation, if it was asked for;
             NaN where a sample had already stopped.
+        memory: what the solver learnt, for the next solve, if it was asked for.
     """
 
     value: Any
@@ -65,6 +66,7 @@ class Solution:
     relative_residual: Tensor
     path: tuple[Any, ...] = ()
     trace: Tensor | None = None
+    memory: Any = None
 
     @property
     def converged(self) -> Tensor:

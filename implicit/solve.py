@@ -1,24 +1,29 @@
 """The one loop that drives every solver.
 
-Evaluations of ``f``, tests, counts and per-sample freezing are done here, once, so that a solver
-is only its step (`implicit.solvers.base.Solver`).  Everything works on the flat ``(B, D)`` view.
+Evaluations of ``f``, tests, counts, freezing and leaving are done here, once, so that a solver is
+only its step (`implicit.solvers.base.Solver`).  Everything works on the flat ``(B, D)`` view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from implicit.problem import Problem
 from implicit.solution import classify
-from implicit.solvers.base import Solver
-from implicit.stopping import Norm, Steps, Stop, Tolerance, batch_norm_of
+from implicit.solvers.base import Solver, WholeSolver, take
+from implicit.state import StateError
+from implicit.stopping import Norm, Stop, Tolerance, batch_norm_of
 
-Map = Callable[[Tensor], Tensor]
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called after step ``n`` with ``(n, state before the step, state after it)``."""
+
+STAYING = 15 / 16
+"""Samples leave once no more than this share of the batch is still being solved."""
 
 
 @dataclass
@@ -32,108 +37,372 @@ class Outcome:
     residual: Tensor
     relative_residual: Tensor
     trace: list[Tensor] = field(default_factory=list)
+    path: list[Tensor] = field(default_factory=list)
+    memory: Any = None
 
 
 def solve(
-    f: Map,
+    problem: Problem,
     y0: Tensor,
     solver: Solver,
     stop: Stop,
     *,
-    perturb: Map | None = None,
+    path: Sequence[int] = (),
+    trace: bool = False,
+    memory: Any = None,
+    keep_memory: bool = False,
+    finest: float = 0.0,
+) -> Outcome:
+    """Iterate ``solver`` on ``problem`` from ``y0 (B, D)`` until ``stop`` says so.
+
+    Args:
+        path: positions whose states are kept.
+        trace: keep the relative residual of every evaluation.
+        memory: exported by an earlier solve, to begin with.
+        keep_memory: export the memory at the end.
+        finest: machine epsilon of a state that is narrower than its working dtype, else 0.
+    """
+    if isinstance(solver, WholeSolver):
+        return _solve_whole(problem, y0, solver, stop)
+    if isinstance(stop, Tolerance):
+        run = _Run(problem, y0, solver, stop, finest)
+        run.run(y0, path, trace, memory)
+        return run.outcome(path, keep_memory)
+    states: list[Tensor] = []
+
+    def visit(n: int, before: Tensor, after: Tensor) -> None:
+        if n in path:
+            states.append(after.detach())
+
+    outcome = iterate(
+        problem, y0, solver, stop.n, visit=visit, trace=trace, memory=memory, keep=keep_memory
+    )
+    outcome.path = states
+    return outcome
+
+
+def iterate(
+    problem: Problem,
+    y0: Tensor,
+    solver: Solver,
+    n: int,
+    *,
+    perturb: Callable[[Tensor], Tensor] | None = None,
     visit: Visit | None = None,
     trace: bool = False,
+    memory: Any = None,
+    keep: bool = False,
 ) -> Outcome:
-    """Iterate ``solver`` on ``f`` from ``y0 (B, D)`` until ``stop`` says so.
+    """Exactly ``n`` steps; nothing here waits for the device.
 
     Args:
         perturb: moves the iterate before each step (refinement-aware perturbation).
         visit: is shown the path, step by step.
-        trace: keep the relative residual of every evaluation.
     """
-    if isinstance(stop, Steps):
-        return _solve_steps(f, y0, solver, stop, perturb, visit, trace)
-    return _solve_tolerance(f, y0, solver, stop, perturb, visit, trace)
-
-
-def _solve_steps(
-    f: Map,
-    y0: Tensor,
-    solver: Solver,
-    stop: Steps,
-    perturb: Map | None,
-    visit: Visit | None,
-    trace: bool,
-) -> Outcome:
-    """Exactly ``n`` steps; nothing here waits for the device."""
-    y, memory, traced = y0, solver.init(y0), []
+    y, traced = y0, []
     first = residual = relative = y0
-    for n in range(1, stop.n + 1):
+    state: Any = None
+    best: _Best | None = None
+    for step in range(1, n + 1):
         before = y if perturb is None else perturb(y)
-        fy = f(before)
-        if trace or n in (1, stop.n):
-            residual, relative = _residuals(before, fy, "l2")
-            first = residual if n == 1 else first
+        fy = problem(before)
+        if step == 1:
+            before = _spread(before, fy)
+            state = solver.begin(before, problem, memory)
+        if trace or solver.keeps_best or step in (1, n):
+            residual = batch_norm_of((fy - before).detach(), "l2")
+            relative = _relative(residual, batch_norm_of(fy.detach(), "l2"))
+            first = residual if step == 1 else first
         if trace:
             traced.append(relative)
-        y, memory = solver.step(memory, before, fy)
+        if solver.keeps_best:
+            best = _Best.of(best, before, residual, relative)
+        y, state = solver.step(state, before, fy)
         if visit is not None:
-            visit(n, before, y)
-    count = torch.full_like(residual, stop.n, dtype=torch.int64)
+            visit(step, before, y)
     nothing = torch.zeros_like(residual, dtype=torch.bool)
     # The value lies one step beyond the last residual: an overflow there must not pass unseen.
     finite = torch.isfinite(y.detach()).all(dim=1)
     status = classify(nothing, torch.where(finite, residual, torch.inf), first)
-    return Outcome(y, status, count, count.clone(), residual, relative, traced)
+    if best is not None:
+        y, residual, relative = best.y, best.residual, best.relative
+    count = torch.full_like(residual, n, dtype=torch.int64)
+    evaluations = count + (0 if problem.beyond is None else problem.beyond)
+    exported = solver.export(state) if keep else None
+    return Outcome(y, status, count, evaluations, residual, relative, traced, memory=exported)
 
 
-def _solve_tolerance(
-    f: Map,
-    y0: Tensor,
-    solver: Solver,
-    stop: Tolerance,
-    perturb: Map | None,
-    visit: Visit | None,
-    trace: bool,
-) -> Outcome:
-    """Until every sample is done; a sample that is done does not move any more."""
-    y, memory, traced = y0, solver.init(y0), []
-    active = torch.ones(len(y0), dtype=torch.bool, device=y0.device)
-    converged = torch.zeros_like(active)
-    steps = torch.zeros_like(active, dtype=torch.int64)
-    evaluations = torch.zeros_like(steps)
-    first = residual = relative = y0.new_full((len(y0),), torch.nan)
-    for n in range(stop.max_steps + 1):
-        before = y if perturb is None or n == stop.max_steps else perturb(y)
-        before = y if before is y else torch.where(active[:, None], before, y)
-        fy = f(before)
-        now, now_relative = _residuals(before, fy, stop.norm)
-        allowed = stop.atol + stop.rtol * batch_norm_of(fy.detach(), stop.norm)
-        within = torch.isfinite(now) & (now <= allowed)
-        first = now if n == 0 else first
-        residual = torch.where(active, now, residual)
-        relative = torch.where(active, now_relative, relative)
-        evaluations += active
-        if trace:
-            traced.append(torch.where(active, now_relative, torch.nan))
-        converged = converged | (active & within)
-        y = before
-        active = active & ~within & torch.isfinite(now)
-        checked = n % stop.check_every == 0
-        if n == stop.max_steps or (checked and not bool(active.any())):
-            break
-        proposed, memory = solver.step(memory, y, fy)
-        y = torch.where(active[:, None], proposed, y)
-        steps += active
-        if visit is not None:
-            visit(n + 1, before, y)
-    status = classify(converged, residual, first)
-    return Outcome(y, status, steps, evaluations, residual, relative, traced)
+@dataclass
+class _Best:
+    """The iterate of each sample with the smallest residual so far."""
+
+    y: Tensor
+    residual: Tensor
+    relative: Tensor
+
+    @classmethod
+    def of(cls, old: _Best | None, y: Tensor, residual: Tensor, relative: Tensor) -> _Best:
+        if old is None:
+            return cls(y, residual, relative)
+        # Selected, never mixed by multiplication: a NaN now must not poison what was good.
+        better = (residual < old.residual) | torch.isnan(old.residual)
+        return cls(
+            torch.where(better.unsqueeze(1), y, old.y),
+            torch.where(better, residual, old.residual),
+            torch.where(better, relative, old.relative),
+        )
 
 
-def _residuals(y: Tensor, fy: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """``‖f(y) − y‖``, and the same over ``‖f(y)‖`` (0 where both vanish)."""
+@dataclass
+class _Samples:
+    """The samples still in the batch: where they are, and what was written down of them."""
+
+    y: Tensor
+    row: Tensor
+    active: Tensor
+    converged: Tensor
+    steps: Tensor
+    evaluations: Tensor
+    residual: Tensor
+    relative: Tensor
+    first: Tensor
+    best: _Best | None
+    memory: Any
+
+    @classmethod
+    def all(cls, y: Tensor, memory: Any) -> _Samples:
+        """Every sample, before the first test."""
+        like = y.detach().sum(dim=1)  # of the batch, and of its transforms under torch.func
+        none, count = torch.zeros_like(like, dtype=torch.bool), torch.zeros_like(like)
+        count, nan = count.to(torch.int64), torch.full_like(like, torch.nan)
+        row = torch.arange(len(y), device=y.device)
+        return cls(y, row, ~none, none, count, count, nan, nan, nan, None, memory)
+
+    def stop(self, which: Tensor, n: int, converged: Tensor, now: Tensor, relative: Tensor) -> None:
+        """Write down that the samples ``which (B,)`` end after ``n`` steps."""
+        self.converged = self.converged | converged
+        self.steps = torch.where(which, n, self.steps)
+        self.evaluations = torch.where(which, n + 1, self.evaluations)
+        self.residual = torch.where(which, now, self.residual)
+        self.relative = torch.where(which, relative, self.relative)
+        self.active = self.active & ~which
+
+
+class _Run:
+    """A solve to a tolerance: each sample stops by itself, and leaves the batch if it may."""
+
+    def __init__(
+        self, problem: Problem, y0: Tensor, solver: Solver, stop: Tolerance, finest: float
+    ) -> None:
+        self.problem, self.solver, self.stop, self.finest = problem, solver, stop, finest
+        self.rtol = stop.rtol_for(finest)
+        self.atol = torch.full((), stop.atol, dtype=y0.dtype, device=y0.device)
+        self.left: list[_Samples] = []
+        self.may_leave = problem.part is not None
+        self.all_active = True  # as far as the host knows
+        self.still = len(y0)  # samples not done, at the last look
+        self.can_look = True  # whether the host can read results at all (not under vmap)
+        self.traced: list[Tensor] = []
+        self.states: dict[int, Tensor] = {}
+
+    def run(self, y0: Tensor, path: Sequence[int], trace: bool, memory: Any) -> None:
+        """Step until every sample is done."""
+        last, y = self.stop.max_steps, y0
+        for n in range(last + 1):
+            fy = self.problem(y)
+            if n == 0:
+                y = _spread(y, fy)
+                self.samples = _Samples.all(y, self.solver.begin(y, self.problem, memory))
+            self.samples.y = y
+            active = self._test(n, fy, trace)
+            if n == last or self.still == 0:
+                return
+            if active is not None and self.may_leave and self.still <= STAYING * len(y):
+                y, fy = self._leave(active, fy)
+            samples = self.samples
+            proposed, samples.memory = self.solver.step(samples.memory, y, fy)
+            del fy  # while f is evaluated, only the memory and the iterate need be held
+            y = proposed if self.all_active else torch.where(_rows(samples.active), proposed, y)
+            samples.y = y
+            if n + 1 in path:
+                self.states[n + 1] = self._whole(lambda s: s.y).detach()
+
+    def _test(self, n: int, fy: Tensor, trace: bool) -> Tensor | None:
+        """Test every sample; which are not done, on the host, if it was time to look.
+
+        None also says that all go on.
+        """
+        samples, norm = self.samples, self.stop.norm
+        now = batch_norm_of((fy - samples.y).detach(), norm)
+        if self.rtol:
+            size = batch_norm_of(fy.detach(), norm)
+            allowed = torch.add(self.atol, size, alpha=self.rtol)
+        else:
+            allowed = self.atol
+        going = now > allowed  # False for NaN too: nothing finite comes after it
+        if n == 0:
+            samples.first = now
+            self._check_reachable(now, allowed, fy)
+        if trace or self.solver.keeps_best:
+            relative = _relative(now, batch_norm_of(fy.detach(), norm))
+            if trace:
+                self._record(torch.where(samples.active, relative, torch.nan))
+            if self.solver.keeps_best:
+                samples.best = _Best.of(samples.best, samples.y, now, relative)
+        last = n == self.stop.max_steps
+        active: Tensor | None = None
+        if self.can_look and n % self.stop.check_every == 0 and not last:
+            active = _seen(going if self.all_active else going & samples.active)
+            self.can_look = active is not None
+            self.still = len(going) if active is None else int(active.sum())
+            if self.all_active and active is not None and self.still == len(going):
+                return None
+        stopping = samples.active if last else samples.active & ~going
+        relative = _relative(now, batch_norm_of(fy.detach(), norm))
+        samples.stop(stopping, n, stopping & ~going & torch.isfinite(now), now, relative)
+        if self.problem.beyond is not None:
+            beyond = torch.where(stopping, self.problem.beyond, 0)
+            samples.evaluations = samples.evaluations + beyond
+        self.all_active = False
+        return active
+
+    def _leave(self, active: Tensor, fy: Tensor) -> tuple[Tensor, Tensor]:
+        """Those that are done leave the batch; iterates and images of the others."""
+        samples, device = self.samples, fy.device
+        stay = active.nonzero().flatten().to(device)
+        if not self.left:
+            # It costs one evaluation of one sample to know; let it be one that has long to go.
+            length = torch.linalg.vector_norm(fy - samples.y, dim=1).index_select(0, stay)
+            hardest = stay[length.argmax()].reshape(1)
+            self.may_leave = self.problem.parts_well(hardest, samples.y, fy)
+            if not self.may_leave:
+                return samples.y, fy
+        self.left.append(take(samples, (~active).nonzero().flatten().to(device)))
+        self.samples = take(samples, stay)
+        self.problem.narrow(stay)
+        self.all_active = True
+        return self.samples.y, fy.index_select(0, stay)
+
+    def outcome(self, path: Sequence[int], keep_memory: bool) -> Outcome:
+        """The samples in their order again."""
+        whole = self._whole
+        y, converged = whole(lambda s: s.y), whole(lambda s: s.converged)
+        residual, relative = whole(lambda s: s.residual), whole(lambda s: s.relative)
+        status = classify(converged, residual, whole(lambda s: s.first))
+        if self.solver.keeps_best:
+            y = torch.where(_rows(converged), y, whole(lambda s: _best(s).y))
+            residual = torch.where(converged, residual, whole(lambda s: _best(s).residual))
+            relative = torch.where(converged, relative, whole(lambda s: _best(s).relative))
+        return Outcome(
+            y,
+            status,
+            whole(lambda s: s.steps),
+            whole(lambda s: s.evaluations),
+            residual,
+            relative,
+            self.traced,
+            [self.states.get(n, y.detach()) for n in path],
+            self._exported() if keep_memory else None,
+        )
+
+    def _exported(self) -> Any:
+        """The solver's memory of all samples, each as it was when the sample left."""
+        parts = [self.solver.export(samples.memory) for samples in (*self.left, self.samples)]
+        if parts[0] is None or len(parts) == 1:
+            return parts[-1]
+        return type(parts[0])(
+            *(
+                self._ordered([getattr(part, entry.name) for part in parts])
+                for entry in fields(parts[0])
+            )
+        )
+
+    def _whole(self, of: Callable[[_Samples], Tensor]) -> Tensor:
+        if not self.left:
+            return of(self.samples)
+        return self._ordered([of(samples) for samples in (*self.left, self.samples)])
+
+    def _ordered(self, parts: list[Tensor]) -> Tensor:
+        rows = torch.cat([samples.row for samples in (*self.left, self.samples)])
+        return torch.cat(parts).index_select(0, rows.argsort())
+
+    def _record(self, relative: Tensor) -> None:
+        if self.left:
+            gone = [torch.full_like(samples.relative, torch.nan) for samples in self.left]
+            relative = self._ordered([*gone, relative])
+        self.traced.append(relative)
+
+    def _check_reachable(self, now: Tensor, allowed: Tensor, fy: Tensor) -> None:
+        """Refuse a tolerance that rounding alone exceeds."""
+        if self.rtol >= self.finest or not self.can_look:
+            return
+        rounding = self.finest * batch_norm_of(fy.detach(), self.stop.norm)
+        beyond_reach = _seen((allowed < rounding) & (now > 0))
+        if beyond_reach is not None and bool(beyond_reach.all()):
+            raise StateError(
+                f"{self.stop} cannot be met in the dtype of this state: rounding alone leaves a "
+                f"relative residual of about {self.finest:.2g}. Use rtol={self.finest:.2g} or "
+                "more, or a state of a wider dtype (f may still compute in the narrow one)."
+            )
+
+
+def _solve_whole(problem: Problem, y0: Tensor, solver: WholeSolver, stop: Stop) -> Outcome:
+    """A solver that runs its own loop; its answer is judged like any other."""
+    calls = 0
+    first: Tensor | None = None
+    norm: Norm = stop.norm if isinstance(stop, Tolerance) else "l2"
+
+    def counted(y: Tensor) -> Tensor:
+        nonlocal calls, first
+        calls += 1
+        fy = problem(y)
+        if first is None:
+            first = batch_norm_of((fy - y).detach(), norm)
+        return fy
+
+    y = solver.run(counted, y0, stop)
+    fy = counted(y)
     residual = batch_norm_of((fy - y).detach(), norm)
     size = batch_norm_of(fy.detach(), norm)
-    relative = residual / size
-    return residual, torch.where(residual == 0, torch.zeros_like(relative), relative)
+    converged = torch.zeros_like(residual, dtype=torch.bool)
+    if isinstance(stop, Tolerance):
+        converged = torch.isfinite(residual) & (residual <= stop.atol + stop.rtol_for(0.0) * size)
+    assert first is not None  # it was counted at least once, here
+    count = torch.full_like(residual, calls, dtype=torch.int64)
+    status = classify(converged, residual, first)
+    return Outcome(y, status, count - 1, count, residual, _relative(residual, size))
+
+
+def _spread(y: Tensor, fy: Tensor) -> Tensor:
+    """``y``, mapped over what ``fy`` is mapped over where `torch.func.vmap` is at work.
+
+    A start that is the same for all mapped problems must become one per problem before it is
+    written to; outside of transforms this is ``y`` itself.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(fy):
+        return y + torch.zeros_like(fy)
+    return y
+
+
+def _seen(flags: Tensor) -> Tensor | None:
+    """Flags on the host, the one place where a solve waits for the device; None under vmap."""
+    wrapped = flags
+    while torch._C._functorch.is_functorch_wrapped_tensor(wrapped):
+        if torch._C._functorch.is_batchedtensor(wrapped):
+            return None
+        wrapped = torch._C._functorch.get_unwrapped(wrapped)
+    return wrapped.cpu()
+
+
+def _rows(flags: Tensor) -> Tensor:
+    return flags.unsqueeze(1)
+
+
+def _best(samples: _Samples) -> _Best:
+    assert samples.best is not None
+    return samples.best
+
+
+def _relative(residual: Tensor, size: Tensor) -> Tensor:
+    """The residual over ``‖f(y)‖``; 0 where both vanish."""
+    return torch.where(residual == 0, 0, residual / size)

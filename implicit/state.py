@@ -8,6 +8,7 @@ needed to go from one view to the other and refuses, by name, whatever does not 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.utils import _pytree as pytree
 
 State = Any
 """A tensor or a pytree of tensors, batch first."""
+
+Select = Callable[[tuple[Any, ...], Tensor], tuple[Any, ...]]
+"""``select(args, rows)``: the arguments of ``f`` for the samples ``rows (k,)`` alone."""
 
 
 class StateError(ValueError):
@@ -68,6 +72,14 @@ class Layout:
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
         self.narrows = any(dtype != self.dtype for dtype in self.dtypes)
+        self.eps = max(torch.finfo(dtype).eps for dtype in self.dtypes)
+
+    def part(self, batch: int) -> Layout:
+        """The layout of the same state with fewer samples."""
+        fewer = copy.copy(self)
+        fewer.batch = batch
+        fewer.shapes = [torch.Size((batch, *shape[1:])) for shape in self.shapes]
+        return fewer
 
     def pack(self, y: State) -> Tensor:
         """The state as a ``(B, D)`` matrix in the working dtype (differentiable)."""
@@ -122,9 +134,12 @@ class FlatMap:
         layout: Layout,
         args: tuple[Any, ...] = (),
         has_aux: bool = False,
+        select: Select | None = None,
     ) -> None:
         self.f, self.layout, self.args, self.has_aux = f, layout, args, has_aux
+        self.select = select
         self.aux: Any = None
+        self.autocast = _autocast_of(layout.device)
 
     def __call__(self, flat: Tensor) -> Tensor:
         result = self.f(self.layout.unpack(flat), *self.args)
@@ -136,6 +151,28 @@ class FlatMap:
             result, advice="Return the state first, and set has_aux=True if f returns (state, aux)."
         )
         return self.layout.pack(result)
+
+    def part(self, rows: Tensor) -> FlatMap:
+        """The map for the samples ``rows (k,)`` alone."""
+        if self.select is not None:
+            args = self.select(self.args, rows)
+            if not isinstance(args, tuple):
+                raise TypeError(
+                    f"select returned {type(args).__name__}: it must return the tuple of "
+                    "arguments for the samples asked for."
+                )
+        else:
+            args = pytree.tree_map(lambda leaf: self._rows_of(leaf, rows), self.args)
+        return FlatMap(self.f, self.layout.part(len(rows)), args, self.has_aux, self.select)
+
+    def _rows_of(self, leaf: Any, rows: Tensor) -> Any:
+        belongs = (
+            isinstance(leaf, Tensor)
+            and not isinstance(leaf, torch.nn.Parameter)
+            and leaf.dim() > 0
+            and leaf.shape[0] == self.layout.batch
+        )
+        return leaf.index_select(0, rows.to(leaf.device)) if belongs else leaf
 
 
 def _shown(spec: Any) -> str:
@@ -161,3 +198,8 @@ def _check_leaf(name: str, leaf: Any) -> None:
 def _autocast(device: torch.device, dtype: torch.dtype) -> bool:
     """Under autocast ``f`` may well answer in the autocast dtype; it is cast back."""
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == dtype
+
+
+def _autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on, and to which dtype."""
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)

@@ -37,7 +37,8 @@ class Tolerance:
     more than there are steps.
 
     Args:
-        rtol: relative tolerance.
+        rtol: relative tolerance; by default 1e-3, or twice the machine epsilon of the state's
+            dtype where that is more (1.6e-2 in bfloat16).
         atol: absolute tolerance, in the units of the state.
         max_steps: most solver steps.
         check_every: steps between two looks from the host at whether all samples are done; the
@@ -50,7 +51,7 @@ class Tolerance:
         50
     """
 
-    rtol: float = 1e-3
+    rtol: float | None = None
     atol: float = 1e-6
     max_steps: int = 50
     check_every: int = 1
@@ -59,7 +60,7 @@ class Tolerance:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"Tolerance({name}={value}): must be finite and not negative.")
         if self.rtol == 0 and self.atol == 0:
             raise ValueError(
@@ -69,6 +70,10 @@ class Tolerance:
         check_count("Tolerance", "check_every", self.check_every)
         if self.norm not in ("l2", "rms", "max"):
             raise ValueError(f"Tolerance(norm={self.norm!r}): use 'l2', 'rms' or 'max'.")
+
+    def rtol_for(self, finest: float) -> float:
+        """The relative tolerance for a dtype whose machine epsilon is ``finest``."""
+        return max(1e-3, 2 * finest) if self.rtol is None else self.rtol
 
 
 @dataclass(frozen=True)

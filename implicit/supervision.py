@@ -23,10 +23,10 @@ from implicit.arguments import check_kind, check_positions
 from implicit.gradients import RAG, Gradient
 from implicit.gradients.graph import leaves_of
 from implicit.perturbation import Perturbation
-from implicit.solve import solve
+from implicit.problem import Problem
+from implicit.solve import iterate
 from implicit.solvers import Naive, Solver
 from implicit.state import FlatMap, Layout, State
-from implicit.stopping import Steps
 
 _DEFAULT_GRADIENT = RAG(2)
 _DEFAULT_SOLVER = Naive()
@@ -198,11 +198,11 @@ class _Walk:
             self.aux.append(pytree.tree_map_only(Tensor, Tensor.detach, aux))
 
         with torch.no_grad():
-            outcome = solve(
-                self.f,
+            outcome = iterate(
+                Problem(self.f),
                 self.layout.pack(self.y0).detach(),
                 self.solver,
-                Steps(self.at[-1]),
+                self.at[-1],
                 perturb=lambda y: self._perturbed("multi-step", y),
                 visit=visit,
             )

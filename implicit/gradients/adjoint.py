@@ -18,6 +18,7 @@ from torch import Tensor
 from implicit.arguments import check_count, check_kind
 from implicit.gradients.base import Gradient, Map
 from implicit.gradients.graph import Start, leaves_of
+from implicit.problem import Problem
 from implicit.solve import solve
 from implicit.solvers import Anderson, Solver
 from implicit.stopping import Steps, Stop, Tolerance
@@ -84,7 +85,8 @@ class Implicit(Gradient):
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
         def inverse(transposed: Map, v: Tensor) -> Tensor:
-            outcome = solve(lambda w: v + transposed(w), v, self.solver, self._stop_for(v))
+            linear = Problem(lambda w: v + transposed(w), lambda w, u: transposed(u))
+            outcome = solve(linear, v, self.solver, self._stop_for(v))
             self._warn(outcome.status, outcome.relative_residual)
             return outcome.value
 

@@ -2,7 +2,9 @@
 
 D. G. Anderson, *Iterative procedures for nonlinear integral equations*, J. ACM 12(4), 1965, in
 the difference form of type II of H. Walker and P. Ni, *Anderson acceleration for fixed-point
-iterations*, SIAM J. Numer. Anal. 49(4), 2011.
+iterations*, SIAM J. Numer. Anal. 49(4), 2011; with plain steps in between (``every``): P. Pratapa,
+P. Suryanarayana and J. Pask, *Anderson acceleration of the Jacobi iterative method*, J. Comput.
+Phys. 306, 2016.
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ from torch import Tensor
 
 from implicit.arguments import check_count
 from implicit.solvers.base import Solver
-from implicit.solvers.history import SecantHistory, combine, dot, write
+from implicit.solvers.history import Pairs, SecantHistory, dot, subtract, write
 
 AGING = 100.0
 MOST_RIDGE = 1e-2
 """The ridge of a pair grows a hundredfold with each step of its age, up to this."""
 
 
+@dataclass
 class _Memory:
-    def __init__(self, y: Tensor, size: int) -> None:
-        self.history = SecantHistory(y, size)
-        self.gram = y.new_zeros(y.shape[0], size, size)
+    history: SecantHistory
+    gram: Tensor
+    ridges: Tensor  # (B, m), for the oldest pair first
+    taken: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Anderson(Solver):
         ridge: regularisation of the newest pair, relative to the scaled normal equations; never
             less than the rounding error of the working dtype.
         restart: growth of the residual over its best value that makes a sample begin again.
+        every: extrapolate at every so many steps, with ``y ← y + β r`` between them.
 
     Example:
         >>> import torch, implicit
@@ -58,9 +63,11 @@ class Anderson(Solver):
     mixing: float = 1.0
     ridge: float = 1e-10
     restart: float = 1e3
+    every: int = 1
 
     def __post_init__(self) -> None:
         check_count("Anderson", "memory", self.memory)
+        check_count("Anderson", "every", self.every)
         if not 0 < self.mixing <= 1:
             raise ValueError(f"Anderson(mixing={self.mixing}): must lie in (0, 1].")
         if not self.ridge >= 0:
@@ -69,37 +76,51 @@ class Anderson(Solver):
             raise ValueError(f"Anderson(restart={self.restart}): must be above 1.")
 
     def init(self, y: Tensor) -> _Memory:
-        return _Memory(y, self.memory)
+        return self._begin(SecantHistory.empty(y, self.memory))
+
+    def resume(self, exported: Pairs, y: Tensor) -> _Memory:
+        memory = self._begin(SecantHistory.of(exported, y, self.memory))
+        memory.gram = torch.bmm(memory.history.basis, memory.history.basis.mT)
+        return memory
+
+    def export(self, memory: _Memory) -> Pairs:
+        return memory.history.export()
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor) -> tuple[Tensor, _Memory]:
         r = fy - y
-        plain = y + self.mixing * r
+        plain = fy if self.mixing == 1 else y + self.mixing * r
         history = memory.history
-        history.restart(r, self.restart)
-        if not history.push(y, r):
+        history.restart(torch.linalg.vector_norm(r.detach(), dim=1), self.restart)
+        if history.push(r, plain):
+            basis = history.filled_basis
+            products, target = dot(basis, basis[:, history.slot], r)
+            memory.gram = write(memory.gram, history.slot, products)
+            memory.gram = write(memory.gram.mT, history.slot, products).mT
+        elif history.filled:  # pairs of an earlier solve
+            (target,) = dot(history.filled_basis, r)
+        memory.taken += 1
+        if not history.filled or memory.taken % self.every:
             return plain, memory
+        return subtract(plain, self._mix(memory, target), history.filled_moves), memory
 
-        n, slot = history.pairs, history.slot
-        dy, dr = history.dy[:, :n], history.dr[:, :n]
-        products = dot(dr, dr[:, slot])
-        memory.gram = write(memory.gram, slot, _padded(products, self.memory))
-        memory.gram = write(memory.gram.mT, slot, _padded(products, self.memory)).mT
-        gamma = self._mix(memory.gram[:, :n, :n], dot(dr, r), history)
-        return plain - combine(gamma, dy) - self.mixing * combine(gamma, dr), memory
+    def _begin(self, history: SecantHistory) -> _Memory:
+        newest = max(self.ridge, 10 * torch.finfo(history.basis.dtype).eps)
+        batch, device = history.best.shape[0], history.best.device
+        ages = torch.arange(self.memory - 1, -1, -1, dtype=history.best.dtype, device=device)
+        ridges = (newest * AGING**ages).clamp(max=MOST_RIDGE).repeat(batch, 1)
+        gram = history.basis.new_zeros(batch, self.memory, self.memory)
+        return _Memory(history, gram, ridges)
 
-    def _mix(self, gram: Tensor, target: Tensor, history: SecantHistory) -> Tensor:
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        usable = history.alive[:, : history.pairs] & (diagonal > 0)
-        scale = torch.where(usable, diagonal, 1).rsqrt() * usable
-        newest = max(self.ridge, 10 * torch.finfo(gram.dtype).eps)
-        ridge = (newest * AGING ** history.age.to(gram.dtype)).clamp(max=MOST_RIDGE)
-        unit = torch.diag_embed(torch.where(usable, ridge, 1.0))
-        system = gram * scale.unsqueeze(1) * scale.unsqueeze(2) + unit
+    def _mix(self, memory: _Memory, target: Tensor) -> Tensor:
+        """The weights ``γ (B, n)`` of the pairs; forgotten and empty ones weigh nothing."""
+        history = memory.history
+        gram = memory.gram[:, : history.filled, : history.filled]
+        lengths = gram.diagonal(dim1=1, dim2=2) * history.filled_alive
+        scale = torch.where(lengths > 0, lengths, torch.inf).rsqrt()
+        system = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+        ridges = memory.ridges.roll(history.slot + 1, dims=1)[:, : history.filled]
+        system.diagonal(dim1=1, dim2=2).copy_(1 + ridges)
         solution, _ = torch.linalg.solve_ex(system, (scale * target).unsqueeze(2))
         gamma = scale * solution.squeeze(2)
         # A sample whose numbers overflowed takes the plain step; its neighbours are untouched.
         return torch.where(torch.isfinite(gamma).all(dim=1, keepdim=True), gamma, 0)
-
-
-def _padded(row: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.pad(row, (0, size - row.shape[1]))

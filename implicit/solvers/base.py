@@ -6,10 +6,18 @@ in the object that `Solver.init` returns, so one solver can serve any number of 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from implicit.problem import Problem
+    from implicit.stopping import Stop
 
 
 class Solver(ABC):
@@ -18,9 +26,15 @@ class Solver(ABC):
     Rows are samples and are treated apart: nothing is reduced over the batch.
     """
 
+    keeps_best: ClassVar[bool] = False
+    """Whether a sample that does not converge ends at its best iterate (see `Best`)."""
+
     @abstractmethod
     def init(self, y: Tensor) -> Any:
-        """The memory at the start of a solve from ``y (B, D)``."""
+        """The memory at the start of a solve from ``y (B, D)``.
+
+        Every tensor in it has the batch as its first dimension, so that samples can leave.
+        """
 
     @abstractmethod
     def step(self, memory: Any, y: Tensor, fy: Tensor) -> tuple[Tensor, Any]:
@@ -29,3 +43,47 @@ class Solver(ABC):
         ``y`` need not be what the last step proposed: a perturbation may have moved it, or the
         sample may have stopped.
         """
+
+    def export(self, memory: Any) -> Any:
+        """What of the memory another solve can begin with; None if nothing."""
+        return None
+
+    def resume(self, exported: Any, y: Tensor) -> Any:
+        """The memory at the start of a solve that begins with what another one exported."""
+        return self.init(y)
+
+    def begin(self, y: Tensor, f: Problem, exported: Any = None) -> Any:
+        """`init` or `resume`; a place for solvers that need more of ``f`` than its images."""
+        return self.init(y) if exported is None else self.resume(exported, y)
+
+
+class WholeSolver(Solver):
+    """A solver from elsewhere that runs its own loop and shows only its answer."""
+
+    @abstractmethod
+    def run(self, f: Callable[[Tensor], Tensor], y0: Tensor, stop: Stop) -> Tensor:
+        """The solution ``(B, D)`` of ``y = f(y)`` from ``y0 (B, D)``."""
+
+    def init(self, y: Tensor) -> Any:
+        raise TypeError(f"{self} runs as a whole and cannot be stepped.")
+
+    def step(self, memory: Any, y: Tensor, fy: Tensor) -> tuple[Tensor, Any]:
+        raise TypeError(f"{self} runs as a whole and cannot be stepped.")
+
+
+def take(memory: Any, rows: Tensor) -> Any:
+    """The memory of some samples: ``rows (k,)`` of every tensor in it, at any depth."""
+    if isinstance(memory, Tensor):
+        return memory.index_select(0, rows)
+    if dataclasses.is_dataclass(memory) and not isinstance(memory, type):
+        fewer = copy.copy(memory)
+        for field in dataclasses.fields(memory):
+            setattr(fewer, field.name, take(getattr(memory, field.name), rows))
+        return fewer
+    return pytree.tree_map(
+        lambda leaf: take(leaf, rows) if _holds_rows(leaf) else leaf, memory, is_leaf=_holds_rows
+    )
+
+
+def _holds_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) or dataclasses.is_dataclass(leaf)

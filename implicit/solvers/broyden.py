@@ -15,14 +15,16 @@ from torch import Tensor
 
 from implicit.arguments import check_count
 from implicit.solvers.base import Solver
-from implicit.solvers.history import SecantHistory, combine, dot, write
+from implicit.solvers.history import Pairs, SecantHistory, dot, subtract, write
+from implicit.solvers.line_search import LineSearch
 
 
+@dataclass
 class _Memory:
-    def __init__(self, y: Tensor, size: int) -> None:
-        self.history = SecantHistory(y, size)
-        self.dy_dy = y.new_zeros(y.shape[0], size, size)
-        self.dy_dr = y.new_zeros(y.shape[0], size, size)
+    history: SecantHistory
+    products: Tensor  # (B, m, m): inner products of the basis with itself
+    moved: Tensor  # (B, m, m): and with the moves
+    search: LineSearch | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Broyden(Solver):
     Args:
         memory: pairs kept, ``m ≥ 1``.
         restart: growth of the residual over its best value that makes a sample begin again.
+        line_search: halve the step of a sample, up to eight times, while its residual does not
+            fall.  Each trial is a solver step and one evaluation of ``f``.
 
     Example:
         >>> import torch, implicit
@@ -51,6 +55,7 @@ class Broyden(Solver):
 
     memory: int = 20
     restart: float = 1e3
+    line_search: bool = False
 
     def __post_init__(self) -> None:
         check_count("Broyden", "memory", self.memory)
@@ -58,42 +63,59 @@ class Broyden(Solver):
             raise ValueError(f"Broyden(restart={self.restart}): must be above 1.")
 
     def init(self, y: Tensor) -> _Memory:
-        return _Memory(y, self.memory)
+        return self._begin(SecantHistory.empty(y, self.memory), y)
+
+    def resume(self, exported: Pairs, y: Tensor) -> _Memory:
+        memory = self._begin(SecantHistory.of(exported, y, self.memory), y)
+        basis = memory.history.basis
+        memory.products = torch.bmm(basis, basis.mT)
+        memory.moved = torch.bmm(basis, memory.history.moves.mT)
+        return memory
+
+    def export(self, memory: _Memory) -> Pairs:
+        return memory.history.export()
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor) -> tuple[Tensor, _Memory]:
         r = fy - y
-        history = memory.history
-        history.restart(r, self.restart)
-        if not history.push(y, r):
-            return fy, memory
+        length = torch.linalg.vector_norm(r.detach(), dim=1)
+        memory.history.restart(length, self.restart)
+        following = self._quasi_newton(memory, y, fy, r)
+        if memory.search is not None:
+            accepted = memory.search.accepts(length)
+            following = memory.search.next(accepted, y, length, following - y)
+        return following, memory
 
-        n, slot = history.pairs, history.slot
-        dy, dr, alive = history.dy[:, :n], history.dr[:, :n], history.alive[:, :n]
-        _store(memory, slot, dot(dy, dy[:, slot]), dot(dy, dr[:, slot]), dot(dr, dy[:, slot]))
-        weights = self._weights(
-            memory.dy_dy[:, :n, :n], memory.dy_dr[:, :n, :n], dot(dy, r), alive, history.later
-        )
-        return fy + combine(weights, dy) + combine(weights, dr), memory
+    def _begin(self, history: SecantHistory, y: Tensor) -> _Memory:
+        nothing = y.new_zeros(y.shape[0], self.memory, self.memory)
+        search = LineSearch.at(y) if self.line_search else None
+        return _Memory(history, nothing, nothing.clone(), search)
+
+    def _quasi_newton(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> Tensor:
+        history = memory.history
+        if history.push(y, fy):
+            slot, basis, moves = history.slot, history.filled_basis, history.filled_moves
+            products, moved, target = dot(basis, basis[:, slot], moves[:, slot], r)
+            memory.products = write(memory.products, slot, products)
+            memory.products = write(memory.products.mT, slot, products).mT
+            memory.moved = write(memory.moved, slot, *dot(moves, basis[:, slot]))
+            memory.moved = write(memory.moved.mT, slot, moved).mT
+        elif history.filled:  # pairs of an earlier solve
+            (target,) = dot(history.filled_basis, r)
+        else:
+            return fy
+        return subtract(fy, self._weights(memory, target), history.filled_moves)
 
     @staticmethod
-    def _weights(
-        dy_dy: Tensor, dy_dr: Tensor, target: Tensor, alive: Tensor, later: Tensor
-    ) -> Tensor:
-        """``(SᵀY − L)⁻¹ Sᵀr``, scaled to pairs of unit length; empty slots weigh nothing."""
-        diagonal = dy_dy.diagonal(dim1=1, dim2=2)
-        usable = alive & (diagonal > 0)
-        scale = torch.where(usable, diagonal, 1).rsqrt() * usable
-        system = -dy_dr - dy_dy * later
+    def _weights(memory: _Memory, target: Tensor) -> Tensor:
+        """``−(SᵀY − L)⁻¹ Sᵀr``, scaled to pairs of unit length; empty slots weigh nothing."""
+        history, n = memory.history, memory.history.filled
+        products = memory.products[:, :n, :n]
+        lengths = products.diagonal(dim1=1, dim2=2) * history.filled_alive
+        scale = torch.where(lengths > 0, lengths, torch.inf).rsqrt()
+        # SᵀY − L = SᵀS − SᵀΔF − L: the upper triangle of SᵀS in order of time, less SᵀΔF.
+        system = products * history.not_later - memory.moved[:, :n, :n]
         system = system * scale.unsqueeze(1) * scale.unsqueeze(2)
-        system = system + torch.diag_embed((~usable).to(system.dtype))
+        system.diagonal(dim1=1, dim2=2).add_((scale == 0).to(system.dtype))
         solution, _ = torch.linalg.solve_ex(system, (scale * target).unsqueeze(2))
         weights = scale * solution.squeeze(2)
-        return torch.where(torch.isfinite(weights).all(dim=1, keepdim=True), weights, 0)
-
-
-def _store(memory: _Memory, slot: int, dy_dy: Tensor, dy_dr: Tensor, dr_dy: Tensor) -> None:
-    """One new row and column in each of the matrices of inner products."""
-    size = memory.dy_dy.shape[1]
-    rows = [torch.nn.functional.pad(x, (0, size - x.shape[1])) for x in (dy_dy, dy_dr, dr_dy)]
-    memory.dy_dy = write(write(memory.dy_dy, slot, rows[0]).mT, slot, rows[0])
-    memory.dy_dr = write(write(memory.dy_dr, slot, rows[2]).mT, slot, rows[1]).mT
+        return torch.where(torch.isfinite(weights).all(dim=1, keepdim=True), -weights, 0)

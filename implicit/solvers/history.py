@@ -1,77 +1,157 @@
 """The last ``m`` secant pairs of a solve, in ring buffers.
 
 Anderson mixing and Broyden's method learn the Jacobian from the same data: how the residual
-``r = f(y) − y`` changed (``Δr``) when the iterate changed (``Δy``).  Both then solve a small
-``m × m`` system of inner products of these pairs, of which one row and one column change per
-step; computing them all anew would cost ``m`` times as much.
+changed when the iterate changed.  Each step they take inner products with one kind of difference
+(the ``basis``), solve a small ``m × m`` system, and add a combination of another kind (the
+``moves``).  Only one row of each buffer, and one row and column of the matrix of inner products,
+change per step; computing them all anew would cost ``m`` times as much.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass
+class Pairs:
+    """Secant pairs in order of time, oldest first: what one solve can hand to the next.
+
+    Attributes:
+        basis, moves: ``(B, m, D)``; zero where there is no pair.
+    """
+
+    basis: Tensor
+    moves: Tensor
+
+
+@dataclass
 class SecantHistory:
-    """Ring buffers of ``Δy`` and ``Δr``, both ``(B, m, D)``, oldest pair overwritten first.
+    """Ring buffers ``(B, m, D)``, oldest pair overwritten first.
 
     Each sample may forget its pairs by itself (`restart`): ``alive (B, m)`` says which slots count.
     """
 
-    def __init__(self, y: Tensor, memory: int) -> None:
-        self.memory = memory
-        self.pairs = 0
-        self.slot = -1
-        self.dy = y.new_zeros(y.shape[0], memory, y.shape[1])
-        self.dr = torch.zeros_like(self.dy)
-        self.alive = torch.zeros(y.shape[0], memory, dtype=torch.bool, device=y.device)
-        self.best = y.new_full((y.shape[0],), float("inf"))
-        self.last: tuple[Tensor, Tensor] | None = None
+    basis: Tensor
+    moves: Tensor
+    alive: Tensor
+    best: Tensor
+    last_point: Tensor | None = None
+    last_image: Tensor | None = None
+    filled: int = 0
+    slot: int = -1
 
-    def push(self, y: Tensor, r: Tensor) -> bool:
-        """Record ``(y, r)``; True if there was an earlier one to take differences with."""
-        last, self.last = self.last, (y, r)
-        if last is None:
+    @classmethod
+    def empty(cls, y: Tensor, memory: int) -> SecantHistory:
+        """A history of no pairs for a solve from ``y (B, D)``."""
+        return cls(
+            basis=y.new_zeros(y.shape[0], memory, y.shape[1]),
+            moves=y.new_zeros(y.shape[0], memory, y.shape[1]),
+            alive=y.new_zeros(y.shape[0], memory),
+            best=y.new_full((y.shape[0],), float("inf")),
+        )
+
+    @classmethod
+    def of(cls, pairs: Pairs, y: Tensor, memory: int) -> SecantHistory:
+        """A history that begins with the pairs of another solve."""
+        shape = (y.shape[0], memory, y.shape[1])
+        if not isinstance(pairs, Pairs) or pairs.basis.shape != shape:
+            given = tuple(pairs.basis.shape) if isinstance(pairs, Pairs) else type(pairs).__name__
+            raise ValueError(
+                f"memory: the solve that it comes from kept {given} and this one keeps pairs of "
+                f"shape {shape} (samples, memory, elements). Use the same solver and batch, or "
+                "memory=None."
+            )
+        history = cls.empty(y, memory)
+        history.basis, history.moves = pairs.basis.to(y).clone(), pairs.moves.to(y).clone()
+        history.alive = (history.basis != 0).any(dim=2).to(y.dtype)
+        history.filled, history.slot = memory, memory - 1
+        return history
+
+    def export(self) -> Pairs:
+        """The pairs in order of time."""
+        order = (torch.arange(self.size, device=self.basis.device) + self.slot + 1) % self.size
+        alive = self.alive[:, order].unsqueeze(2)
+        # Selected, not multiplied: a forgotten pair may hold infinities.
+        basis, moves = (
+            torch.where(alive > 0, x[:, order], 0).detach() for x in (self.basis, self.moves)
+        )
+        return Pairs(basis, moves)
+
+    @property
+    def size(self) -> int:
+        """``m``, the number of slots."""
+        return self.basis.shape[1]
+
+    def push(self, point: Tensor, image: Tensor) -> bool:
+        """Record the change since the last call; False if that was the first."""
+        last_point, self.last_point = self.last_point, point
+        last_image, self.last_image = self.last_image, image
+        if last_point is None or last_image is None:
             return False
-        self.slot = (self.slot + 1) % self.memory
-        self.pairs = min(self.pairs + 1, self.memory)
-        self.dy = write(self.dy, self.slot, y - last[0])
-        self.dr = write(self.dr, self.slot, r - last[1])
-        self.alive = self.alive.clone()
-        self.alive[:, self.slot] = True
+        self.slot = (self.slot + 1) % self.size
+        self.filled = min(self.filled + 1, self.size)
+        self.basis = write_difference(self.basis, self.slot, point, last_point)
+        self.moves = write_difference(self.moves, self.slot, image, last_image)
+        self.alive[:, self.slot] = 1
         return True
 
-    def restart(self, r: Tensor, growth: float) -> None:
+    def restart(self, length: Tensor, growth: float) -> None:
         """Empty the history of each sample whose residual exceeds ``growth`` times its best."""
-        length = torch.linalg.vector_norm(r.detach(), dim=1)
-        lost = ~(length <= growth * self.best)
-        self.alive = self.alive & ~lost[:, None]
-        self.best = torch.where(lost, length, torch.minimum(self.best, length))
+        kept = length <= growth * self.best
+        self.alive = self.alive * kept.unsqueeze(1)
+        self.best = torch.where(kept, torch.minimum(self.best, length), length)
 
     @property
-    def age(self) -> Tensor:
-        """``(n,)`` int64: steps since the pair in each filled slot was recorded, 0 the newest."""
-        return (self.slot - torch.arange(self.pairs, device=self.dy.device)) % self.pairs
+    def filled_basis(self) -> Tensor:
+        """``(B, n, D)``: the slots that have ever held a pair."""
+        return self.basis if self.filled == self.size else self.basis[:, : self.filled]
 
     @property
-    def later(self) -> Tensor:
-        """``(n, n)`` bool: whether the pair in slot ``i`` is younger than the one in slot ``j``."""
-        return self.age[:, None] < self.age[None, :]
+    def filled_moves(self) -> Tensor:
+        """``(B, n, D)``: likewise."""
+        return self.moves if self.filled == self.size else self.moves[:, : self.filled]
+
+    @property
+    def filled_alive(self) -> Tensor:
+        """``(B, n)``: 1 where a slot counts, 0 where it is forgotten."""
+        return self.alive if self.filled == self.size else self.alive[:, : self.filled]
+
+    @property
+    def not_later(self) -> Tensor:
+        """``(n, n)``: 1 where the pair in slot ``i`` is no younger than the one in slot ``j``."""
+        slots = torch.arange(self.filled, device=self.basis.device)
+        age = (self.slot - slots) % self.size
+        return (age.unsqueeze(1) >= age.unsqueeze(0)).to(self.basis.dtype)
 
 
 def write(buffer: Tensor, slot: int, value: Tensor) -> Tensor:
-    """``buffer[:, slot] = value``, in place unless autograd still needs the old contents."""
+    """``buffer[:, slot, :n] = value (B, n)``, in place unless autograd needs the old contents."""
     if torch.is_grad_enabled():
         buffer = buffer.clone()
-    buffer[:, slot] = value
+    buffer[:, slot, : value.shape[1]] = value
     return buffer
 
 
-def dot(rows: Tensor, x: Tensor) -> Tensor:
-    """Inner products ``(B, m)`` of ``rows (B, m, D)`` with ``x (B, D)``."""
-    return torch.bmm(rows, x.unsqueeze(2)).squeeze(2)
+def write_difference(buffer: Tensor, slot: int, a: Tensor, b: Tensor) -> Tensor:
+    """``buffer[:, slot] = a − b`` without a temporary, as `write` otherwise."""
+    if torch.is_grad_enabled():
+        buffer = buffer.clone()
+        buffer[:, slot] = a - b
+    else:
+        buffer[:, slot].copy_(a).sub_(b)
+    return buffer
 
 
-def combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """Linear combinations ``(B, D)`` of ``rows (B, m, D)`` with ``weights (B, m)``."""
-    return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+def dot(rows: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Inner products ``(B, m)`` of ``rows (B, m, D)`` with each of the vectors ``(B, D)``."""
+    if len(vectors) == 1:
+        return (torch.bmm(rows, vectors[0].unsqueeze(2)).squeeze(2),)
+    return torch.bmm(rows, torch.stack(vectors, dim=2)).unbind(2)
+
+
+def subtract(y: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """``y − Σᵢ wᵢ rowsᵢ`` for ``y (B, D)``, ``weights (B, m)`` and ``rows (B, m, D)``."""
+    return torch.baddbmm(y.unsqueeze(1), weights.unsqueeze(1), rows, alpha=-1).squeeze(1)

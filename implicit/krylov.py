@@ -1,0 +1,103 @@
+"""GMRES for a batch of linear systems, one Krylov space per sample.
+
+Y. Saad and M. Schultz, *GMRES: a generalized minimal residual algorithm for solving nonsymmetric
+linear systems*, SIAM J. Sci. Stat. Comput. 7(3), 1986.  The Arnoldi basis is orthogonalised twice
+(classical Gram–Schmidt), which is as stable as the modified form and two batched products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Krylov:
+    """What GMRES found.
+
+    Attributes:
+        x: ``(B, D)``, the solution.
+        residual: ``(B,)``, ``‖b − A x‖₂``.
+        products: ``(B,)`` int64, products with ``A`` that each sample needed.
+        smallest: ``(B,)``, smallest singular value of ``A`` seen in the Krylov space, from above:
+            ``residual / smallest`` estimates ``‖x − A⁻¹b‖``.
+    """
+
+    x: Tensor
+    residual: Tensor
+    products: Tensor
+    smallest: Tensor
+
+
+def gmres(
+    matvec: Callable[[Tensor], Tensor], b: Tensor, allowed: Tensor, dimensions: int
+) -> Krylov:
+    """Solve ``A x = b`` for each row of ``b (B, D)``, from ``x = 0``.
+
+    Args:
+        matvec: ``A`` applied to each row of a ``(B, D)`` matrix.
+        allowed: ``(B,)``, the residual at which a sample is done.
+        dimensions: most products with ``A``.
+
+    Example:
+        >>> A = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
+        >>> found = gmres(lambda x: x @ A.T, torch.tensor([[5.0, 6.0]]), torch.tensor([1e-5]), 2)
+        >>> found.x.round(decimals=4).tolist(), found.products.tolist()
+        ([[1.5, 2.0]], [2])
+    """
+    batch, size = b.shape
+    dimensions = min(dimensions, size)
+    length = torch.linalg.vector_norm(b, dim=1)
+    basis = b.new_zeros(batch, dimensions + 1, size)
+    basis[:, 0] = _unit(b, length)
+    hessenberg = b.new_zeros(batch, dimensions + 1, dimensions)
+    products = torch.zeros(batch, dtype=torch.int64, device=b.device)
+    # What no coefficient can do better than: b itself.
+    weights, residual, n = b.new_zeros(batch, 0), length, 0
+    while n < dimensions and bool((residual > allowed).any()):
+        products += residual > allowed
+        w = matvec(basis[:, n])
+        scale = torch.linalg.vector_norm(w, dim=1)
+        for _ in range(2):
+            overlap = torch.bmm(basis[:, : n + 1], w.unsqueeze(2))
+            hessenberg[:, : n + 1, n] += overlap.squeeze(2)
+            w = w - torch.bmm(overlap.mT, basis[:, : n + 1]).squeeze(1)
+        rest = torch.linalg.vector_norm(w, dim=1)
+        # Rounding error is no new direction: the Krylov space of this sample is exhausted.
+        rest = torch.where(rest > 10 * torch.finfo(b.dtype).eps * scale, rest, 0)
+        hessenberg[:, n + 1, n] = rest
+        basis[:, n + 1] = _unit(w, rest)
+        n += 1
+        weights, residual = _least_squares(hessenberg[:, : n + 1, :n], length)
+    x = torch.bmm(weights.unsqueeze(1), basis[:, :n]).squeeze(1)
+    smallest = torch.ones_like(length)
+    if n:
+        values = torch.linalg.svdvals(hessenberg[:, : n + 1, :n])
+        # Columns after an exhausted space are zero and say nothing of A.
+        present = values > 10 * torch.finfo(b.dtype).eps * values[:, :1]
+        smallest = torch.where(present, values, torch.inf).amin(dim=1)
+    return Krylov(x, residual, products, smallest)
+
+
+def _unit(x: Tensor, length: Tensor) -> Tensor:
+    """Rows of length one; a row of length zero stays zero."""
+    return x * torch.where(length > 0, 1 / length, 0).unsqueeze(1)
+
+
+def _least_squares(hessenberg: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """``argmin ‖length·e₁ − H c‖`` for ``H (B, n+1, n)``, and the norm that is left."""
+    q, r = torch.linalg.qr(hessenberg, mode="complete")
+    target = q[:, 0] * length.unsqueeze(1)
+    n = hessenberg.shape[2]
+    diagonal = r.diagonal(dim1=1, dim2=2)
+    largest = diagonal.abs().amax(dim=1, keepdim=True)
+    empty = diagonal.abs() <= 10 * torch.finfo(r.dtype).eps * largest
+    # A direction that A does not move gets no weight and keeps its share of the residual.
+    square = torch.where(empty.unsqueeze(2), 0, r[:, :n]) + torch.diag_embed(empty.to(r.dtype))
+    reached = torch.where(empty, 0, target[:, :n])
+    weights = torch.linalg.solve_triangular(square, reached.unsqueeze(2), upper=True).squeeze(2)
+    missed = torch.cat((torch.where(empty, target[:, :n], 0), target[:, n:]), dim=1)
+    return weights, torch.linalg.vector_norm(missed, dim=1)
