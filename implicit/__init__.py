@@ -6,17 +6,22 @@
 True
 """
 
-from implicit.fixed_point import FixedPoint, fixed_point
+from implicit.diagnostics import ConvergenceLogger, plot_convergence, report
+from implicit.dropout import SolveDropout
+from implicit.fixed_point import FixedPoint, fixed_point, root
 from implicit.gradients import (
     BPTT,
     JFB,
     RAG,
+    Auto,
     ConvergenceWarning,
     Gradient,
     Implicit,
     Neumann,
     Phantom,
 )
+from implicit.normalization import contract, uncontract
+from implicit.per_solve import PerSolve, renew
 from implicit.perturbation import (
     GaussianNoise,
     Noise,
@@ -24,7 +29,13 @@ from implicit.perturbation import (
     Perturbation,
     standard_normal,
 )
-from implicit.solution import Solution, SolveError, Status
+from implicit.regularization import (
+    fixed_point_correction,
+    jacobian_penalty,
+    lipschitz_estimate,
+    spectral_radius,
+)
+from implicit.solution import Adjoint, Solution, SolveError, Status
 from implicit.solvers import (
     Anderson,
     Best,
@@ -44,9 +55,12 @@ __all__ = [
     "BPTT",
     "JFB",
     "RAG",
+    "Adjoint",
     "Anderson",
+    "Auto",
     "Best",
     "Broyden",
+    "ConvergenceLogger",
     "ConvergenceWarning",
     "FixedPoint",
     "GaussianNoise",
@@ -57,9 +71,11 @@ __all__ = [
     "NewtonKrylov",
     "Noise",
     "NormScaledNoise",
+    "PerSolve",
     "Perturbation",
     "Phantom",
     "Solution",
+    "SolveDropout",
     "SolveError",
     "Solver",
     "StateError",
@@ -68,8 +84,18 @@ __all__ = [
     "Supervision",
     "Tolerance",
     "WholeSolver",
+    "contract",
     "fixed_point",
+    "fixed_point_correction",
+    "jacobian_penalty",
+    "lipschitz_estimate",
+    "plot_convergence",
     "positions",
+    "renew",
+    "report",
+    "root",
+    "spectral_radius",
     "standard_normal",
     "supervise",
+    "uncontract",
 ]

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from implicit.arguments import check_kind, check_positions
-from implicit.gradients import Gradient, Implicit
+from implicit.gradients import AdjointGradient, Gradient, Implicit
+from implicit.per_solve import renew
 from implicit.problem import Problem
-from implicit.solution import Solution, Status
+from implicit.solution import Adjoint, Solution, Status
 from implicit.solve import Outcome, solve
-from implicit.solvers import Anderson, Solver
+from implicit.solvers import Anderson, Solver, WholeSolver
 from implicit.state import FlatMap, Layout, Select, State, StateError
 from implicit.stopping import Steps, Stop, Tolerance
 
@@ -86,6 +88,10 @@ def fixed_point(
         torch.Size([1, 1])
     """
     _check_choices(f, solver, stop, gradient)
+    if isinstance(solver, WholeSolver) and (path or trace or memory or keep_memory):
+        raise ValueError(f"{solver} shows only its answer: no path, no trace and no memory.")
+    if isinstance(f, nn.Module):
+        renew(f)
     most = stop.n if isinstance(stop, Steps) else stop.max_steps
     check_positions("path", path, most, f"what {stop} allows")
     layout = Layout(y0)
@@ -109,14 +115,89 @@ def fixed_point(
             finest=layout.eps if layout.narrows else 0.0,
         )
     value = outcome.value
-    if torch.is_grad_enabled() and not gradient.tracks_path:
+    adjoints: list[Adjoint] = []
+    if not gradient.tracks_path and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
         value = value.detach()
-        value = _WithGradientOf.apply(gradient.attach(flat, value), value)
+        recorded = (adjoints,) if isinstance(gradient, AdjointGradient) else ()
+        value = _WithGradientOf.apply(gradient.attach(flat, value, *recorded), value)
     if layout.narrows:  # what float32 can hold may overflow in the dtype of the state
         finite = torch.isfinite(layout.pack(layout.unpack(value.detach()))).all(dim=1)
         outcome.status = torch.where(finite, outcome.status, Status.DIVERGED)
     states = [layout.unpack(state) for state in outcome.path]
-    return _solution(layout.unpack(value), flat.aux, tuple(states), outcome)
+    return _solution(layout.unpack(value), flat.aux, tuple(states), outcome, adjoints)
+
+
+def root(
+    g: Callable[..., Any],
+    y0: State,
+    *,
+    solver: Solver = _DEFAULT_SOLVER,
+    stop: Stop = _DEFAULT_STOP,
+    gradient: Gradient = _DEFAULT_GRADIENT,
+    args: tuple[Any, ...] = (),
+    has_aux: bool = False,
+    path: Sequence[int] = (),
+    trace: bool = False,
+    select: Select | None = None,
+    memory: Any = None,
+    keep_memory: bool = False,
+) -> Solution:
+    """Find ``g(y*) = 0`` for every sample of a batch, as the fixed point of ``y − g(y)``.
+
+    The residual that is tested and reported is ``‖g(y)‖``; a relative tolerance is relative to
+    ``‖y − g(y)‖``.  The Jacobian of ``g`` need not be near the identity, but `Anderson` and
+    `Broyden` begin as if it were: scale ``g`` so that its derivative is positive and of order
+    one, or use `NewtonKrylov`.
+
+    Args:
+        g: ``g(y, *args)``, of the same structure and shape as ``y``; or a pair of it and an
+            auxiliary output with ``has_aux``.
+        y0, solver, stop, gradient, args, has_aux, path, trace, select, memory, keep_memory: as in
+            `fixed_point`.
+
+    Raises:
+        StateError, TypeError, ValueError: as `fixed_point` does.
+
+    Example:
+        >>> import torch, implicit
+        >>> a = torch.tensor([[2.0], [3.0]], dtype=torch.float64, requires_grad=True)
+        >>> tight = implicit.Tolerance(rtol=1e-12, atol=0.0)
+        >>> s = implicit.root(
+        ...     lambda y: (y * y - a) / 4, torch.ones(2, 1, dtype=torch.float64), stop=tight
+        ... )
+        >>> torch.allclose(s.value, a.sqrt())
+        True
+        >>> (slope,) = torch.autograd.grad(s.value.sum(), a)  # 1 / (2 √a)
+        >>> torch.allclose(slope, 0.5 / a.sqrt())
+        True
+    """
+    if not callable(g):
+        raise TypeError(f"g must be callable, not {g!r}.")
+    if isinstance(g, nn.Module):
+        renew(g)
+    layout = Layout(y0)
+
+    def f(y: State, *args: Any) -> Any:
+        result = g(y, *args)
+        gy, aux = result if has_aux and isinstance(result, tuple) else (result, None)
+        layout.part(len(pytree.tree_leaves(y)[0])).check(gy, name="g")
+        moved = pytree.tree_map(torch.sub, y, gy)
+        return (moved, aux) if has_aux else moved
+
+    return fixed_point(
+        f,
+        y0,
+        solver=solver,
+        stop=stop,
+        gradient=gradient,
+        args=args,
+        has_aux=has_aux,
+        path=path,
+        trace=trace,
+        select=select,
+        memory=memory,
+        keep_memory=keep_memory,
+    )
 
 
 class FixedPoint(nn.Module):
@@ -185,9 +266,19 @@ class FixedPoint(nn.Module):
 class _WithGradientOf(torch.autograd.Function):
     """The second tensor, with the gradient of the first."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, attached: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+    def forward(attached: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return tangent.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -204,7 +295,9 @@ def solving(tracked: bool) -> Iterator[None]:
             yield
 
 
-def _solution(value: Any, aux: Any, path: tuple[Any, ...], outcome: Outcome) -> Solution:
+def _solution(
+    value: Any, aux: Any, path: tuple[Any, ...], outcome: Outcome, adjoints: list[Adjoint]
+) -> Solution:
     return Solution(
         value=value,
         aux=aux,
@@ -216,6 +309,7 @@ def _solution(value: Any, aux: Any, path: tuple[Any, ...], outcome: Outcome) -> 
         path=path,
         trace=torch.stack(outcome.trace) if outcome.trace else None,
         memory=outcome.memory,
+        adjoints=adjoints,
     )
 
 

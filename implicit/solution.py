@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,21 @@ _REMEDIES = {
 
 
 @dataclass
+class Adjoint:
+    """Figures of one solve of ``w = v + Jᵀw`` in a backward pass (or of its forward-mode twin).
+
+    Attributes:
+        products: ``(B,)`` int64, vector–Jacobian products that each sample needed (of `Implicit`:
+            evaluations of that map, one of which is at the start).
+        error: ``(B,)``: of `Implicit` the relative residual, of `Auto` the estimated relative
+            error; NaN of `Neumann`, which tests nothing.
+    """
+
+    products: Tensor
+    error: Tensor
+
+
+@dataclass
 class Solution:
     """What a solve found.
 
@@ -55,6 +70,8 @@ class Solution:
         trace: ``(evaluations, B)`` relative residual at every evaluation, if it was asked for;
             NaN where a sample had already stopped.
         memory: what the solver learnt, for the next solve, if it was asked for.
+        adjoints: figures of the backward solves, in the order in which they ran; empty before
+            ``backward()`` and for gradients that solve nothing.
     """
 
     value: Any
@@ -67,11 +84,18 @@ class Solution:
     path: tuple[Any, ...] = ()
     trace: Tensor | None = None
     memory: Any = None
+    adjoints: list[Adjoint] = field(default_factory=list)
 
     @property
     def converged(self) -> Tensor:
         """``(B,)`` bool: which samples are within tolerance."""
         return self.status == Status.CONVERGED
+
+    def report(self) -> Any:
+        """A ``rich.table.Table`` of how the solve went, see `implicit.report`; rich prints it."""
+        from implicit.diagnostics import report
+
+        return report(self)
 
     def raise_for_status(self) -> Solution:
         """Return the solution itself, or raise `SolveError` if a sample did not converge.

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from implicit.arguments import check_kind, check_positions
 from implicit.gradients import RAG, Gradient
 from implicit.gradients.graph import leaves_of
+from implicit.per_solve import renew
 from implicit.perturbation import Perturbation
 from implicit.problem import Problem
 from implicit.solve import iterate
@@ -132,6 +133,8 @@ def supervise(
         (torch.Size([3, 3]), torch.Size([4, 3]), 4)
     """
     _check(f, at, gradient, solver)
+    if isinstance(f, torch.nn.Module):
+        renew(f)
     given = [*pytree.tree_leaves(args), *parameters]
     sources = [
         t for t in dict.fromkeys(x for x in given if isinstance(x, Tensor)) if t.requires_grad

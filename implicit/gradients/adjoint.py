@@ -2,23 +2,30 @@
 
 With ``J = ∂f/∂y`` at ``y*``, a loss gradient ``v`` must be turned into ``w = (I − Jᵀ)⁻¹ v`` before
 it is sent through ``∂f/∂(·)`` (implicit function theorem, Eq. 8).  `Implicit` solves for ``w``;
-`Neumann` sums the first terms of its series.  Neither keeps more than one application of ``f``.
+`Neumann` sums the first terms of its series; `Auto` sums until the estimated error is small enough
+and solves if it does not become so.  None keeps more than one application of ``f``.
+
+Forward mode is the same with ``J`` in the place of ``Jᵀ``: the tangent ``t = ∂f/∂(·) · dθ`` of one
+application becomes ``(I − J)⁻¹ t``.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from implicit.arguments import check_count, check_kind
+from implicit.gradients.attach import attach
 from implicit.gradients.base import Gradient, Map
-from implicit.gradients.graph import Start, leaves_of
+from implicit.krylov import gmres
 from implicit.problem import Problem
+from implicit.solution import Adjoint
 from implicit.solve import solve
 from implicit.solvers import Anderson, Solver
 from implicit.stopping import Steps, Stop, Tolerance
@@ -29,7 +36,28 @@ class ConvergenceWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Neumann(Gradient):
+class AdjointGradient(Gradient):
+    """What gradients over one tracked application share: they turn ``v`` into ``w``."""
+
+    twice: ClassVar[bool] = False
+    """Whether the gradient is the derivative of a function, and so can be differentiated."""
+
+    @abstractmethod
+    def inverse(self, product: Map, v: Tensor) -> tuple[Tensor, Adjoint]:
+        """``(I − A)⁻¹ v (B, D)``, or what stands for it, given ``product(w) = A w``."""
+
+    def attach(self, f: Map, value: Tensor, record: list[Adjoint] | None = None) -> Tensor:
+        def solved(product: Map, v: Tensor) -> Tensor:
+            w, figures = self.inverse(product, v)
+            if record is not None:
+                record.append(figures)
+            return w
+
+        return attach(f, value, solved, twice=self.twice)
+
+
+@dataclass(frozen=True)
+class Neumann(AdjointGradient):
     """``Σ_{i<k} (Jᵀ)ⁱ v``: the gradient of `RAG` ``(k)`` at a fixed point, in JFB's memory.
 
     Example:
@@ -42,23 +70,23 @@ class Neumann(Gradient):
     def __post_init__(self) -> None:
         check_count("Neumann", "k", self.k)
 
-    def attach(self, f: Map, value: Tensor) -> Tensor:
-        def series(transposed: Map, v: Tensor) -> Tensor:
-            term = total = v
-            for _ in range(self.k - 1):
-                term = transposed(term)
-                total = total + term
-            return total
-
-        return _attach_adjoint(f, value, series)
+    def inverse(self, product: Map, v: Tensor) -> tuple[Tensor, Adjoint]:
+        term = total = v
+        for _ in range(self.k - 1):
+            term = product(term)
+            total = total + term
+        products = torch.full((len(v),), self.k - 1, device=v.device)
+        return total, Adjoint(products, torch.full_like(products, torch.nan, dtype=v.dtype))
 
 
 @dataclass(frozen=True)
-class Implicit(Gradient):
+class Implicit(AdjointGradient):
     """Implicit differentiation: solves ``w = v + Jᵀw`` with a solver of this library (Eq. 8).
 
     The tolerance is relative, so a loss and the same loss times 1e-8 get the same gradient but
-    for that factor.  A `ConvergenceWarning` tells when the steps did not suffice.
+    for that factor.  A `ConvergenceWarning` tells when the steps did not suffice, and
+    ``solution.adjoints`` holds the figures of each backward solve.  It can be differentiated
+    again (``create_graph=True``), in forward mode, and under the transforms of `torch.func`.
 
     Args:
         solver: for the linear system.
@@ -73,78 +101,144 @@ class Implicit(Gradient):
         ... )
         >>> round(torch.autograd.grad(s.value.sum(), a)[0].item(), 6)  # d/da 1/(1-a) = 4
         4.0
+        >>> s.adjoints[0].products.tolist()
+        [3]
     """
 
     solver: Solver = field(default_factory=Anderson)
     stop: Stop | None = None
+    twice: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_kind("solver", self.solver, Solver, "implicit.Anderson(memory=5)")
         if self.stop is not None:
             check_kind("stop", self.stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-6)")
 
-    def attach(self, f: Map, value: Tensor) -> Tensor:
-        def inverse(transposed: Map, v: Tensor) -> Tensor:
-            linear = Problem(lambda w: v + transposed(w), lambda w, u: transposed(u))
-            outcome = solve(linear, v, self.solver, self._stop_for(v))
-            self._warn(outcome.status, outcome.relative_residual)
-            return outcome.value
-
-        return _attach_adjoint(f, value, inverse)
-
-    def _stop_for(self, v: Tensor) -> Stop:
-        if self.stop is not None:
-            return self.stop
-        rtol = 1e-9 if v.dtype == torch.float64 else 1e-5
-        return Tolerance(rtol=rtol, atol=0.0, max_steps=200)
-
-    def _warn(self, status: Tensor, residual: Tensor) -> None:
-        if not isinstance(self._stop_for(residual), Tolerance):
-            return
-        failed = int((status != 0).sum())
-        if failed:
-            warnings.warn(
-                f"Implicit: the gradient of {failed} of {len(status)} samples is inexact; the "
-                f"relative residual of w = v + Jᵀw is up to {float(residual.max()):.3g}. Allow "
-                "more steps or a looser rtol (Implicit(stop=Tolerance(...))), or make f a "
-                "contraction.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+    def inverse(self, product: Map, v: Tensor) -> tuple[Tensor, Adjoint]:
+        stop = self.stop
+        if stop is None:
+            rtol = 1e-9 if v.dtype == torch.float64 else 1e-5
+            stop = Tolerance(rtol=rtol, atol=0.0, max_steps=200)
+        linear = Problem(lambda w: v + product(w), product=lambda w, u: product(u))
+        outcome = solve(linear, v, self.solver, stop)
+        if isinstance(stop, Tolerance):
+            _warn("Implicit", outcome.status != 0, outcome.relative_residual)
+        return outcome.value, Adjoint(outcome.evaluations, outcome.relative_residual)
 
 
-Adjoint = Callable[[Map, Tensor], Tensor]
-"""Turns ``v`` into ``w``, given the map ``w ↦ Jᵀw``."""
+@dataclass(frozen=True)
+class Auto(AdjointGradient):
+    """Neumann terms until the estimated gradient error is below ``rtol``, then GMRES if need be.
+
+    After ``i`` terms the rest of the series is about ``‖tᵢ‖ q / (1 − q)`` with ``q`` the ratio of
+    the last terms (the larger of the last two).  Samples whose error is not below ``rtol`` of what
+    has been summed after ``terms`` terms go on with GMRES, from the sum; its error is estimated as
+    the residual over the smallest singular value that the Krylov space shows of ``I − Jᵀ``.  A
+    `ConvergenceWarning` tells when that does not suffice.  So an easy layer pays for a few
+    products and a hard one for what it needs.
+
+    Args:
+        rtol: estimated error of ``w``, relative.
+        terms: most Neumann terms.
+        krylov: most products of GMRES.
+
+    Example:
+        >>> import torch, implicit
+        >>> a = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+        >>> s = implicit.fixed_point(
+        ...     lambda y: a * y + 1, torch.zeros(1, 1, dtype=torch.float64),
+        ...     stop=implicit.Tolerance(rtol=1e-12, atol=0.0), gradient=implicit.Auto(1e-6),
+        ... )
+        >>> round(torch.autograd.grad(s.value.sum(), a)[0].item(), 4)
+        4.0
+    """
+
+    rtol: float = 1e-3
+    terms: int = 8
+    krylov: int = 50
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rtol) and self.rtol > 0):
+            raise ValueError(f"Auto(rtol={self.rtol}): must be finite and positive.")
+        check_count("Auto", "terms", self.terms)
+        check_count("Auto", "krylov", self.krylov)
+
+    def inverse(self, product: Map, v: Tensor) -> tuple[Tensor, Adjoint]:
+        term = total = v
+        length = torch.linalg.vector_norm(v, dim=1)
+        ratio = torch.full_like(length, torch.inf)
+        error = torch.full_like(length, torch.inf)
+        products = torch.zeros_like(length, dtype=torch.int64)
+        for _ in range(self.terms):
+            going = error > self.rtol
+            if not bool(going.any()):
+                break
+            term = product(term)
+            shorter = torch.linalg.vector_norm(term, dim=1)
+            now = torch.where(length > 0, shorter / length, 0)
+            # The first ratio says nothing of the second, so at least two are looked at.
+            slowest = torch.where(torch.isinf(ratio), torch.where(now > 0, 1.0, now), ratio)
+            slowest = torch.maximum(slowest, now)
+            total = torch.where(going.unsqueeze(1), total + term, total)
+            rest = torch.where(slowest < 1, shorter * slowest / (1 - slowest), torch.inf)
+            rest = torch.where(shorter > 0, rest, 0)
+            size = torch.linalg.vector_norm(total, dim=1)
+            estimate = torch.where(size > 0, rest / size, rest)
+            error = torch.where(going, estimate, error)
+            products += going
+            length, ratio = shorter, now
+        hard = error > self.rtol
+        if bool(hard.any()):
+            total, error, products = self._escalate(product, v, total, hard, error, products)
+        _warn("Auto", error > self.rtol, error)
+        return total, Adjoint(products, error)
+
+    def _escalate(
+        self,
+        product: Map,
+        v: Tensor,
+        total: Tensor,
+        hard: Tensor,
+        error: Tensor,
+        products: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The hard samples by GMRES on ``(I − A) d = v − (I − A) w``, then ``w + d``."""
+        finite = torch.isfinite(total).all(dim=1)
+        start = torch.where((hard & finite).unsqueeze(1), total, 0)
+        residual = torch.where(hard.unsqueeze(1), v - start + product(start), 0)
+        size = torch.linalg.vector_norm(v, dim=1)
+        # Half the tolerance on the residual; what that means for the error is judged below.
+        allowed = torch.where(hard, 0.5 * self.rtol * size, torch.inf)
+        dimensions, used = self.krylov, torch.zeros_like(products)
+        while True:
+            found = gmres(lambda d: d - product(d), residual, allowed, dimensions)
+            used = used + found.products + hard
+            solved = torch.where(hard.unsqueeze(1), start + found.x, total)
+            length = torch.linalg.vector_norm(solved, dim=1)
+            estimate = found.residual / found.smallest
+            estimate = torch.where(length > 0, estimate / length, estimate)
+            error = torch.where(hard, estimate, error)
+            tighter = hard & (error > self.rtol) & (found.products < dimensions)
+            # The residual was small and the error is not: ask for as much less as it is too large.
+            if not bool((tighter & (found.residual > 0)).any()):
+                return solved, error, products + used
+            factor = (0.5 * self.rtol / error).clamp(max=0.5)
+            smaller = torch.where(tighter, allowed * factor, allowed)
+            floor = torch.finfo(v.dtype).eps * size
+            if bool((smaller < floor).logical_and(tighter).any()):
+                return solved, error, products + used
+            allowed = smaller
 
 
-def _attach_adjoint(f: Map, value: Tensor, adjoint: Adjoint) -> Tensor:
-    """``f(value)`` with a graph in which incoming gradients pass through ``adjoint`` first."""
-    start = Start.of(value)
-    image = f(start)
-    if next(leaves_of(image), None) is None:
-        return image.detach()
-
-    def transposed(w: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(image, start, w, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(w) if product is None else product
-
-    result: Tensor = _Adjoint.apply(image, lambda v: adjoint(transposed, v))
-    return result
-
-
-class _Adjoint(torch.autograd.Function):
-    """The identity, whose backward pass applies a given map to the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, image: Tensor, adjoint: Map) -> Tensor:
-        ctx.adjoint = adjoint
-        return image.view_as(image)
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Neumann and Implicit gradients cannot be differentiated again "
-                "(create_graph=True): use RAG, Phantom or BPTT for higher derivatives."
-            )
-        return ctx.adjoint(v), None
+def _warn(name: str, failed: Tensor, error: Tensor) -> None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(failed):
+        return
+    count = int(failed.sum())
+    if count:
+        warnings.warn(
+            f"{name}: the gradient of {count} of {len(failed)} samples is inexact; the relative "
+            f"error of w = v + Jᵀw is up to {float(error[failed].max()):.3g}. Allow more steps "
+            "or a looser tolerance, or make f a contraction.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )

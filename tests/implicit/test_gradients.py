@@ -533,12 +533,66 @@ def test_implicit_with_fixed_steps_warns_of_nothing() -> None:
     torch.testing.assert_close(found, power_sum(j, 4))
 
 
-@pytest.mark.parametrize("gradient", [Implicit(), Neumann(2)], ids=repr)
-def test_double_backward_of_an_adjoint_raises(gradient: Gradient) -> None:
+@pytest.mark.parametrize("gradient", [implicit.Auto(1e-6), Neumann(2)], ids=repr)
+def test_double_backward_of_a_truncated_adjoint_raises(gradient: Gradient) -> None:
     w, x, y0 = problem()
     value = fixed_point(lambda y: cell(y, w, x), y0, gradient=gradient).value
-    with pytest.raises(RuntimeError, match=r"create_graph=True.*use RAG, Phantom or BPTT"):
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*use Implicit, or RAG"):
         torch.autograd.grad(value.sum(), x, create_graph=True)
+
+
+EXACT_ADJOINT = Implicit(stop=Tolerance(rtol=1e-13, atol=0.0, max_steps=300))
+
+
+@pytest.mark.parametrize("gradient", [EXACT_ADJOINT, implicit.Auto(1e-11)], ids=repr)
+def test_forward_mode_and_reverse_mode_meet_finite_differences(gradient: Gradient) -> None:
+    w, x, y0 = problem()
+
+    def value(w: Tensor, x: Tensor) -> Tensor:
+        return fixed_point(lambda y: cell(y, w, x), y0, stop=TIGHT, gradient=gradient).value
+
+    inputs = (w.detach().requires_grad_(), x.detach().requires_grad_())
+    assert torch.autograd.gradcheck(value, inputs)
+    with warnings.catch_warnings():  # torch scripts its forward-mode rules when it loads them
+        warnings.simplefilter("ignore", FutureWarning)
+        assert torch.autograd.gradcheck(value, inputs, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_implicit_can_be_differentiated_twice(scale: float) -> None:
+    w, x, y0 = problem()
+
+    def value(w: Tensor, x: Tensor) -> Tensor:
+        x = x if scale == 1 else scale * x  # closed over as a leaf, or as something computed
+        options: dict[str, Any] = {"stop": TIGHT, "gradient": EXACT_ADJOINT}
+        return fixed_point(lambda y: cell(y, w, x), y0, **options).value
+
+    inputs = (w.detach().requires_grad_(), x.detach().requires_grad_())
+    assert torch.autograd.gradgradcheck(value, inputs)
+
+
+def test_nested_transforms_of_an_adjoint_say_what_to_use() -> None:
+    w, x, y0 = problem()
+
+    def loss(x: Tensor) -> Tensor:
+        return fixed_point(lambda y: cell(y, w.detach(), x), y0, stop=TIGHT).value.square().sum()
+
+    gradient = torch.func.grad(loss)(x.detach())
+    leaf = x.detach().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf), leaf)[0])
+    with pytest.raises(RuntimeError, match=r"first derivatives under torch\.func"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x.detach())
+
+
+def test_a_mapped_solve_is_the_solve_of_each() -> None:
+    w, x, y0 = problem()
+    xs = torch.stack([x.detach(), 2 * x.detach()])
+
+    def value(x: Tensor) -> Tensor:
+        return fixed_point(lambda y: cell(y, w.detach(), x), y0, stop=TIGHT).value
+
+    expected = torch.stack([value(x) for x in xs])
+    torch.testing.assert_close(torch.func.vmap(value)(xs), expected)
 
 
 @pytest.mark.parametrize("gradient", [RAG(2), Phantom(2, 0.5), JFB(), BPTT()], ids=repr)

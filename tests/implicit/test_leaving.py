@@ -1,0 +1,119 @@
+"""Samples that leave the batch, what a solve hands to the next, and the newer solvers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import implicit
+
+TIGHT = implicit.Tolerance(rtol=0.0, atol=1e-10, max_steps=300)
+SOLVERS = [
+    implicit.Naive(),
+    implicit.Anderson(),
+    implicit.Anderson(every=3),
+    implicit.Broyden(),
+    implicit.Broyden(line_search=True),
+    implicit.NewtonKrylov(),
+    implicit.Best(implicit.Anderson()),
+]
+
+
+class Rows:
+    """``y ← a y + x`` with ``a`` from 0.1 to 0.9 by sample; counts the rows it is given."""
+
+    def __init__(self, batch: int) -> None:
+        self.rows = 0
+        self.a = torch.linspace(0.1, 0.9, batch, dtype=torch.float64)[:, None]
+        self.x = torch.linspace(-1, 1, 3 * batch, dtype=torch.float64).reshape(batch, 3)
+
+    def __call__(self, y: Tensor, a: Tensor, x: Tensor) -> Tensor:
+        self.rows += len(y)
+        return torch.tanh(a * y + x)
+
+    @property
+    def y0(self) -> Tensor:
+        return torch.zeros_like(self.x)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_a_sample_costs_and_gives_what_it_does_alone(solver: implicit.Solver) -> None:
+    f = Rows(16)
+    whole = implicit.fixed_point(
+        f, f.y0, solver=solver, stop=TIGHT, args=(f.a, f.x), gradient=implicit.JFB()
+    )
+    together = f.rows - 16  # the gradient's own application
+    assert bool(whole.converged.all())
+    f.rows = 0
+    for i in range(16):
+        row = slice(i, i + 1)
+        alone = implicit.fixed_point(
+            f, f.y0[row], solver=solver, stop=TIGHT, args=(f.a[row], f.x[row])
+        )
+        torch.testing.assert_close(alone.value, whole.value[row], atol=1e-9, rtol=0)
+    if not isinstance(solver, implicit.NewtonKrylov):  # whose products count rows too
+        assert together <= 1.15 * (f.rows - 16)
+
+
+def test_what_is_closed_over_keeps_the_batch_together() -> None:
+    f = Rows(8)
+    solution = implicit.fixed_point(
+        lambda y, a: f(y, a, f.x), f.y0, stop=TIGHT, args=(f.a,), gradient=implicit.JFB()
+    )
+    expected = implicit.fixed_point(lambda y: f(y, f.a, f.x), f.y0, stop=TIGHT)
+    torch.testing.assert_close(solution.value, expected.value)
+
+
+def test_select_says_what_belongs_to_samples() -> None:
+    f = Rows(8)
+    table, index = f.x.flip(0).contiguous(), torch.arange(7, -1, -1)
+    solution = implicit.fixed_point(
+        lambda y, a, table, index: f(y, a, table[index]),
+        f.y0,
+        stop=TIGHT,
+        args=(f.a, table, index),
+        select=lambda args, rows: (args[0][rows], args[1], args[2][rows]),
+    )
+    expected = implicit.fixed_point(f, f.y0, stop=TIGHT, args=(f.a, f.x))
+    torch.testing.assert_close(solution.value, expected.value)
+
+
+@pytest.mark.parametrize("solver", [implicit.Anderson(), implicit.Broyden()], ids=repr)
+def test_memory_of_the_last_solve_saves_evaluations(solver: implicit.Solver) -> None:
+    f = Rows(16)
+    options = {"solver": solver, "stop": TIGHT, "gradient": implicit.JFB()}
+    first = implicit.fixed_point(f, f.y0, args=(f.a, f.x), keep_memory=True, **options)
+    moved = (f.a, f.x + 0.01)
+    cold = implicit.fixed_point(f, first.value.detach(), args=moved, **options)
+    warm = implicit.fixed_point(f, first.value.detach(), args=moved, memory=first.memory, **options)
+    torch.testing.assert_close(warm.value, cold.value, atol=1e-9, rtol=0)
+    assert warm.evaluations.sum() < cold.evaluations.sum()
+    with pytest.raises(ValueError, match="memory: the solve that it comes from kept"):
+        implicit.fixed_point(f, f.y0[:2], args=(f.a[:2], f.x[:2]), memory=first.memory, **options)
+
+
+def test_best_is_the_nearest_iterate_even_before_a_nan() -> None:
+    def f(y: Tensor) -> Tensor:
+        return torch.where(y > 4, torch.nan, 2 * y)
+
+    y0 = torch.ones(1, 1, dtype=torch.float64)
+    solution = implicit.fixed_point(f, y0, solver=implicit.Best(implicit.Naive()), stop=TIGHT)
+    assert (solution.value.item(), solution.residual.item()) == (1.0, 1.0)
+    assert solution.status.item() == implicit.Status.DIVERGED
+
+
+def test_a_tolerance_below_bfloat16_is_refused_with_what_it_can_reach() -> None:
+    y0 = torch.ones(2, 3, dtype=torch.bfloat16)
+    with pytest.raises(implicit.StateError, match=r"about 0\.0078"):
+        implicit.fixed_point(torch.cos, y0, stop=implicit.Tolerance(rtol=1e-6, atol=0.0))
+    assert bool(implicit.fixed_point(torch.cos, y0).converged.all())
+
+
+def test_a_root_is_found_where_the_map_is_no_contraction() -> None:
+    y0 = torch.full((2, 1), 2.0, dtype=torch.float64)
+    solution = implicit.root(
+        lambda y: y**3 - 2 * y - 5, y0, solver=implicit.NewtonKrylov(), stop=TIGHT
+    )
+    expected = torch.full_like(y0, 2.0945514815423265)  # Newton's own example
+    torch.testing.assert_close(solution.value, expected, atol=1e-10, rtol=0)
