@@ -290,6 +290,9 @@ def solving(tracked: bool) -> Iterator[None]:
     """No derivatives of the solver's own path, backward or forward, unless they are asked for."""
     if tracked:
         yield
+    elif torch.compiler.is_compiling():  # which knows no forward mode to switch off
+        with torch.no_grad():
+            yield
     else:
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             yield

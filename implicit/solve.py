@@ -379,6 +379,8 @@ def _spread(y: Tensor, fy: Tensor) -> Tensor:
     A start that is the same for all mapped problems must become one per problem before it is
     written to; outside of transforms this is ``y`` itself.
     """
+    if torch.compiler.is_compiling():
+        return y
     if torch._C._functorch.is_functorch_wrapped_tensor(fy):
         return y + torch.zeros_like(fy)
     return y

@@ -735,3 +735,21 @@ def test_solvers_hold_nothing_but_options() -> None:
             solver.memory = 3  # type: ignore[attr-defined]
     assert Anderson(3) == Anderson(memory=3)
     assert hash(Broyden(4)) == hash(Broyden(memory=4))
+
+
+@pytest.mark.parametrize(
+    "solver", [implicit.Naive(), implicit.Anderson(4), implicit.Broyden(4)], ids=repr
+)
+def test_a_fixed_step_solve_compiles_whole(solver: implicit.Solver) -> None:
+    def value(x: Tensor) -> Tensor:
+        return implicit.fixed_point(
+            lambda y: torch.tanh(0.5 * y + x),
+            torch.zeros_like(x),
+            solver=solver,
+            stop=implicit.Steps(6),
+        ).value
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    with torch.no_grad():
+        compiled = torch.compile(value, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(compiled, value(x))
