@@ -139,7 +139,6 @@ class FlatMap:
         self.f, self.layout, self.args, self.has_aux = f, layout, args, has_aux
         self.select = select
         self.aux: Any = None
-        self.autocast = _autocast_of(layout.device)
 
     def __call__(self, flat: Tensor) -> Tensor:
         result = self.f(self.layout.unpack(flat), *self.args)
@@ -198,8 +197,3 @@ def _check_leaf(name: str, leaf: Any) -> None:
 def _autocast(device: torch.device, dtype: torch.dtype) -> bool:
     """Under autocast ``f`` may well answer in the autocast dtype; it is cast back."""
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == dtype
-
-
-def _autocast_of(device: torch.device) -> tuple[bool, torch.dtype]:
-    """Whether autocast is on, and to which dtype."""
-    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)

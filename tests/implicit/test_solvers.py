@@ -740,6 +740,7 @@ def test_solvers_hold_nothing_but_options() -> None:
 @pytest.mark.parametrize(
     "solver", [implicit.Naive(), implicit.Anderson(4), implicit.Broyden(4)], ids=repr
 )
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler, as it loads
 def test_a_fixed_step_solve_compiles_whole(solver: implicit.Solver) -> None:
     def value(x: Tensor) -> Tensor:
         return implicit.fixed_point(
