@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit.autocast import full_precision
 from implicit.problem import Problem
 from implicit.solution import classify
 from implicit.solvers.base import Solver, WholeSolver, take
@@ -117,7 +118,8 @@ def iterate(
             traced.append(relative)
         if solver.keeps_best:
             best = _Best.of(best, before, residual, relative)
-        y, state = solver.step(state, before, fy)
+        with full_precision(y.device):
+            y, state = solver.step(state, before, fy)
         if visit is not None:
             visit(step, before, y)
     nothing = torch.zeros_like(residual, dtype=torch.bool)
@@ -220,7 +222,8 @@ class _Run:
             if active is not None and self.may_leave and self.still <= STAYING * len(y):
                 y, fy = self._leave(active, fy)
             samples = self.samples
-            proposed, samples.memory = self.solver.step(samples.memory, y, fy)
+            with full_precision(y.device):
+                proposed, samples.memory = self.solver.step(samples.memory, y, fy)
             del fy  # while f is evaluated, only the memory and the iterate need be held
             y = proposed if self.all_active else torch.where(_rows(samples.active), proposed, y)
             samples.y = y
@@ -233,9 +236,10 @@ class _Run:
         None also says that all go on.
         """
         samples, norm = self.samples, self.stop.norm
-        now = batch_norm_of((fy - samples.y).detach(), norm)
+        fy = fy.detach()
+        now = batch_norm_of(fy - samples.y.detach(), norm)
         if self.rtol:
-            size = batch_norm_of(fy.detach(), norm)
+            size = batch_norm_of(fy, norm)
             allowed = torch.add(self.atol, size, alpha=self.rtol)
         else:
             allowed = self.atol
@@ -244,7 +248,7 @@ class _Run:
             samples.first = now
             self._check_reachable(now, allowed, fy)
         if trace or self.solver.keeps_best:
-            relative = _relative(now, batch_norm_of(fy.detach(), norm))
+            relative = _relative(now, batch_norm_of(fy, norm))
             if trace:
                 self._record(torch.where(samples.active, relative, torch.nan))
             if self.solver.keeps_best:
@@ -254,11 +258,11 @@ class _Run:
         if self.can_look and n % self.stop.check_every == 0 and not last:
             active = _seen(going if self.all_active else going & samples.active)
             self.can_look = active is not None
-            self.still = len(going) if active is None else int(active.sum())
+            self.still = len(going) if active is None else int(active.count_nonzero())
             if self.all_active and active is not None and self.still == len(going):
                 return None
         stopping = samples.active if last else samples.active & ~going
-        relative = _relative(now, batch_norm_of(fy.detach(), norm))
+        relative = _relative(now, batch_norm_of(fy, norm))
         samples.stop(stopping, n, stopping & ~going & torch.isfinite(now), now, relative)
         if self.problem.beyond is not None:
             beyond = torch.where(stopping, self.problem.beyond, 0)

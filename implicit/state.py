@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicit.autocast import autocast_dtype
+
 State = Any
 """A tensor or a pytree of tensors, batch first."""
 
@@ -46,6 +48,7 @@ class Layout:
 
     def __init__(self, y0: State) -> None:
         leaves, self.spec = pytree.tree_flatten_with_path(y0)
+        self.bare = isinstance(y0, Tensor)
         self.names = [pytree.keystr(path) for path, _ in leaves]
         tensors = [leaf for _, leaf in leaves]
         if not tensors:
@@ -83,12 +86,17 @@ class Layout:
 
     def pack(self, y: State) -> Tensor:
         """The state as a ``(B, D)`` matrix in the working dtype (differentiable)."""
-        rows = [leaf.reshape(self.batch, -1).to(self.dtype) for leaf in pytree.tree_leaves(y)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        if self.bare:
+            return y.reshape(self.batch, self.sizes[0]).to(self.dtype)
+        leaves = zip(pytree.tree_leaves(y), self.sizes, strict=True)
+        rows = [leaf.reshape(self.batch, size).to(self.dtype) for leaf, size in leaves]
+        return torch.cat(rows, dim=1)
 
     def unpack(self, flat: Tensor) -> State:
         """The state that a ``(B, D)`` matrix stands for, each leaf in its own shape and dtype."""
-        rows = flat.split(self.sizes, dim=1) if len(self.sizes) > 1 else (flat,)
+        if self.bare:
+            return flat.reshape(self.shapes[0]).to(self.dtypes[0])
+        rows = flat.split(self.sizes, dim=1)
         leaves = [
             row.reshape(shape).to(dtype)
             for row, shape, dtype in zip(rows, self.shapes, self.dtypes, strict=True)
@@ -97,6 +105,8 @@ class Layout:
 
     def check(self, fy: State, name: str = "f", advice: str = "") -> None:
         """Raise `StateError` unless ``fy``, what ``name`` returned, has the form of the state."""
+        if self.bare and self._fits(fy):
+            return
         leaves, spec = pytree.tree_flatten(fy)
         if spec != self.spec:
             raise StateError(
@@ -118,11 +128,19 @@ class Layout:
                     f"{name}(y){leaf_name} is on {leaf.device} and y0{leaf_name} on {self.device}: "
                     f"move y0, or what is behind {name}, to one device."
                 )
-            if leaf.dtype != dtype and not _autocast(self.device, leaf.dtype):
+            if leaf.dtype not in (dtype, autocast_dtype(self.device)):
                 raise StateError(
                     f"{name}(y){leaf_name} is {leaf.dtype} where y0{leaf_name} is {dtype}: "
                     f"start from y0 in {leaf.dtype}, or cast inside {name}."
                 )
+
+    def _fits(self, fy: Any) -> bool:
+        return (
+            isinstance(fy, Tensor)
+            and fy.shape == self.shapes[0]
+            and fy.dtype == self.dtypes[0]
+            and fy.device == self.device
+        )
 
 
 class FlatMap:
@@ -139,8 +157,16 @@ class FlatMap:
         self.f, self.layout, self.args, self.has_aux = f, layout, args, has_aux
         self.select = select
         self.aux: Any = None
+        # Kept, because later evaluations (in the backward pass) are to be like the first.
+        self.autocast = autocast_dtype(layout.device)
 
     def __call__(self, flat: Tensor) -> Tensor:
+        if self.autocast is None:
+            return self._image(flat)
+        with torch.autocast(flat.device.type, self.autocast):
+            return self._image(flat)
+
+    def _image(self, flat: Tensor) -> Tensor:
         result = self.f(self.layout.unpack(flat), *self.args)
         if self.has_aux:
             if not isinstance(result, tuple) or len(result) != 2:
@@ -192,8 +218,3 @@ def _check_leaf(name: str, leaf: Any) -> None:
         )
     if leaf.shape[0] == 0:
         raise StateError(f"y0{name} has shape {tuple(leaf.shape)}: the batch is empty.")
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Under autocast ``f`` may well answer in the autocast dtype; it is cast back."""
-    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == dtype

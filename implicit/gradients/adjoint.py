@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from implicit.arguments import check_count, check_kind
+from implicit.autocast import full_precision
 from implicit.gradients.attach import attach
 from implicit.gradients.base import Gradient, Map
 from implicit.krylov import gmres
@@ -48,7 +49,8 @@ class AdjointGradient(Gradient):
 
     def attach(self, f: Map, value: Tensor, record: list[Adjoint] | None = None) -> Tensor:
         def solved(product: Map, v: Tensor) -> Tensor:
-            w, figures = self.inverse(product, v)
+            with full_precision(v.device):
+                w, figures = self.inverse(product, v)
             if record is not None:
                 record.append(figures)
             return w

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from implicit.arguments import check_count
 from implicit.solvers.base import Solver
-from implicit.solvers.history import Pairs, SecantHistory, dot, subtract, write
+from implicit.solvers.history import Pairs, SecantHistory
 
 AGING = 100.0
 MOST_RIDGE = 1e-2
@@ -26,8 +26,7 @@ MOST_RIDGE = 1e-2
 @dataclass
 class _Memory:
     history: SecantHistory
-    gram: Tensor
-    ridges: Tensor  # (B, m), for the oldest pair first
+    diagonal: Tensor  # (B, 2m): of the system, from the oldest pair to the newest, and once more
     taken: int = 0
 
 
@@ -79,48 +78,55 @@ class Anderson(Solver):
         return self._begin(SecantHistory.empty(y, self.memory))
 
     def resume(self, exported: Pairs, y: Tensor) -> _Memory:
-        memory = self._begin(SecantHistory.of(exported, y, self.memory))
-        memory.gram = torch.bmm(memory.history.basis, memory.history.basis.mT)
-        return memory
+        history = SecantHistory.of(exported, y, self.memory)
+        unit = history.basis * history.scale.unsqueeze(2)
+        history.system = torch.bmm(unit, unit.mT)
+        return self._begin(history)
 
     def export(self, memory: _Memory) -> Pairs:
         return memory.history.export()
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor) -> tuple[Tensor, _Memory]:
-        r = fy - y
-        plain = fy if self.mixing == 1 else y + self.mixing * r
         history = memory.history
+        r = history.residual(y, fy)
+        plain = fy if self.mixing == 1 else y.lerp(fy, self.mixing)
         history.restart(torch.linalg.vector_norm(r.detach(), dim=1), self.restart)
-        if history.push(r, plain):
-            basis = history.filled_basis
-            products, target = dot(basis, basis[:, history.slot], r)
-            memory.gram = write(memory.gram, history.slot, products)
-            memory.gram = write(memory.gram.mT, history.slot, products).mT
-        elif history.filled:  # pairs of an earlier solve
-            (target,) = dot(history.filled_basis, r)
+        target = self._update(history, history.push(r, plain))
         memory.taken += 1
-        if not history.filled or memory.taken % self.every:
-            return plain, memory
-        return subtract(plain, self._mix(memory, target), history.filled_moves), memory
+        following = plain
+        if target is not None and memory.taken % self.every == 0:
+            self._regularise(memory)
+            following = history.mix(plain, history.weights(target))
+        history.hold(r, plain)
+        return following, memory
 
     def _begin(self, history: SecantHistory) -> _Memory:
-        newest = max(self.ridge, 10 * torch.finfo(history.basis.dtype).eps)
-        batch, device = history.best.shape[0], history.best.device
-        ages = torch.arange(self.memory - 1, -1, -1, dtype=history.best.dtype, device=device)
-        ridges = (newest * AGING**ages).clamp(max=MOST_RIDGE).repeat(batch, 1)
-        gram = history.basis.new_zeros(batch, self.memory, self.memory)
-        return _Memory(history, gram, ridges)
+        newest = max(self.ridge, 10 * torch.finfo(history.rows.dtype).eps)
+        ages = torch.arange(self.memory - 1, -1, -1, device=history.rows.device)
+        ridges = (newest * AGING ** ages.to(history.rows.dtype)).clamp(max=MOST_RIDGE)
+        return _Memory(history, (1 + ridges).repeat(len(history.best), 2))
 
-    def _mix(self, memory: _Memory, target: Tensor) -> Tensor:
-        """The weights ``γ (B, n)`` of the pairs; forgotten and empty ones weigh nothing."""
-        history = memory.history
-        gram = memory.gram[:, : history.filled, : history.filled]
-        lengths = gram.diagonal(dim1=1, dim2=2) * history.filled_alive
-        scale = torch.where(lengths > 0, lengths, torch.inf).rsqrt()
-        system = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        ridges = memory.ridges.roll(history.slot + 1, dims=1)[:, : history.filled]
-        system.diagonal(dim1=1, dim2=2).copy_(1 + ridges)
-        solution, _ = torch.linalg.solve_ex(system, (scale * target).unsqueeze(2))
-        gamma = scale * solution.squeeze(2)
-        # A sample whose numbers overflowed takes the plain step; its neighbours are untouched.
-        return torch.where(torch.isfinite(gamma).all(dim=1, keepdim=True), gamma, 0)
+    def _update(self, history: SecantHistory, pushed: bool) -> Tensor | None:
+        """Put the newest pair into the normal equations; their right-hand side ``(B, n)``.
+
+        None if there is no pair yet.
+        """
+        if not history.filled:
+            return None
+        n, slot = history.filled, history.slot
+        rows = history.residual_and(1 + 2 * slot)
+        products = torch.bmm(rows, history.basis.mT)
+        if pushed:
+            history.measure(products.select(2, slot).select(1, 1))
+        products = products * history.scale[:, :n].unsqueeze(1)
+        if pushed:
+            column = products.select(1, 1) * history.scale.select(1, slot).unsqueeze(1)
+            history.system.select(2, slot)[:, :n] = column
+            history.system.select(1, slot)[:, :n] = column
+        return products.select(1, 0)
+
+    def _regularise(self, memory: _Memory) -> None:
+        """Set the diagonal to one plus the ridge that belongs to the age of each pair."""
+        oldest_first = self.memory - 1 - memory.history.slot
+        diagonal = memory.history.system.diagonal(dim1=1, dim2=2)
+        diagonal.copy_(memory.diagonal.narrow(1, oldest_first, self.memory))

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from implicit.arguments import check_count
 from implicit.solvers.base import Solver
-from implicit.solvers.history import Pairs, SecantHistory, dot, subtract, write
+from implicit.solvers.history import Pairs, SecantHistory
 from implicit.solvers.line_search import LineSearch
 
 
 @dataclass
 class _Memory:
     history: SecantHistory
-    products: Tensor  # (B, m, m): inner products of the basis with itself
-    moved: Tensor  # (B, m, m): and with the moves
     search: LineSearch | None
 
 
@@ -66,56 +64,57 @@ class Broyden(Solver):
         return self._begin(SecantHistory.empty(y, self.memory), y)
 
     def resume(self, exported: Pairs, y: Tensor) -> _Memory:
-        memory = self._begin(SecantHistory.of(exported, y, self.memory), y)
-        basis = memory.history.basis
-        memory.products = torch.bmm(basis, basis.mT)
-        memory.moved = torch.bmm(basis, memory.history.moves.mT)
-        return memory
+        history = SecantHistory.of(exported, y, self.memory)
+        unit, moves = (x * history.scale.unsqueeze(2) for x in (history.basis, history.moves))
+        # Slots are in order of time here, so that is what the triangle is of.
+        history.system = torch.bmm(unit, moves.mT) - torch.bmm(unit, unit.mT).triu()
+        history.system.diagonal(dim1=1, dim2=2).add_((history.scale == 0).to(y.dtype))
+        return self._begin(history, y)
 
     def export(self, memory: _Memory) -> Pairs:
         return memory.history.export()
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor) -> tuple[Tensor, _Memory]:
-        r = fy - y
-        length = torch.linalg.vector_norm(r.detach(), dim=1)
-        memory.history.restart(length, self.restart)
-        following = self._quasi_newton(memory, y, fy, r)
+        history = memory.history
+        length = torch.linalg.vector_norm(history.residual(y, fy).detach(), dim=1)
+        history.restart(length, self.restart)
+        following = self._quasi_newton(history, y, fy)
         if memory.search is not None:
             accepted = memory.search.accepts(length)
             following = memory.search.next(accepted, y, length, following - y)
         return following, memory
 
     def _begin(self, history: SecantHistory, y: Tensor) -> _Memory:
-        nothing = y.new_zeros(y.shape[0], self.memory, self.memory)
-        search = LineSearch.at(y) if self.line_search else None
-        return _Memory(history, nothing, nothing.clone(), search)
+        return _Memory(history, LineSearch.at(y) if self.line_search else None)
 
-    def _quasi_newton(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> Tensor:
-        history = memory.history
-        if history.push(y, fy):
-            slot, basis, moves = history.slot, history.filled_basis, history.filled_moves
-            products, moved, target = dot(basis, basis[:, slot], moves[:, slot], r)
-            memory.products = write(memory.products, slot, products)
-            memory.products = write(memory.products.mT, slot, products).mT
-            memory.moved = write(memory.moved, slot, *dot(moves, basis[:, slot]))
-            memory.moved = write(memory.moved.mT, slot, moved).mT
-        elif history.filled:  # pairs of an earlier solve
-            (target,) = dot(history.filled_basis, r)
-        else:
-            return fy
-        return subtract(fy, self._weights(memory, target), history.filled_moves)
+    def _quasi_newton(self, history: SecantHistory, y: Tensor, fy: Tensor) -> Tensor:
+        pushed = history.push(y, fy)
+        following = fy
+        if history.filled:
+            target = self._update(history, pushed)
+            following = history.mix(fy, history.weights(target))
+        history.hold(y, fy)
+        return following
 
     @staticmethod
-    def _weights(memory: _Memory, target: Tensor) -> Tensor:
-        """``−(SᵀY − L)⁻¹ Sᵀr``, scaled to pairs of unit length; empty slots weigh nothing."""
-        history, n = memory.history, memory.history.filled
-        products = memory.products[:, :n, :n]
-        lengths = products.diagonal(dim1=1, dim2=2) * history.filled_alive
-        scale = torch.where(lengths > 0, lengths, torch.inf).rsqrt()
-        # SᵀY − L = SᵀS − SᵀΔF − L: the upper triangle of SᵀS in order of time, less SᵀΔF.
-        system = products * history.not_later - memory.moved[:, :n, :n]
-        system = system * scale.unsqueeze(1) * scale.unsqueeze(2)
-        system.diagonal(dim1=1, dim2=2).add_((scale == 0).to(system.dtype))
-        solution, _ = torch.linalg.solve_ex(system, (scale * target).unsqueeze(2))
-        weights = scale * solution.squeeze(2)
-        return torch.where(torch.isfinite(weights).all(dim=1, keepdim=True), -weights, 0)
+    def _update(history: SecantHistory, pushed: bool) -> Tensor:
+        """Put the newest pair into ``L − SᵀY``; ``Sᵀr (B, n)``, for pairs of unit length.
+
+        With ``ΔF = S − Y`` the matrix is ``SᵀΔF`` less the upper triangle of ``SᵀS`` in order of
+        time.  No pair is younger than the newest, so only its column has a part of ``SᵀS``.
+        """
+        n, slot = history.filled, history.slot
+        rows = history.residual_and(2 + 2 * slot)
+        residual_and_move = torch.bmm(rows, history.basis.mT)
+        if not pushed:
+            return residual_and_move.select(1, 0) * history.scale
+        newest = history.rows.select(1, 1 + 2 * slot).unsqueeze(1)
+        with_all = torch.bmm(newest, history.rows[:, 1 : 2 * n + 1].mT).squeeze(1)
+        squares, moved = with_all[:, ::2], with_all[:, 1::2]
+        history.measure(squares.select(1, slot))
+        scale = history.scale[:, :n]
+        own = scale.select(1, slot).unsqueeze(1)
+        target, column = (residual_and_move * scale.unsqueeze(1)).unbind(1)
+        history.system.select(1, slot)[:, :n] = moved * scale * own
+        history.system.select(2, slot)[:, :n] = (column - squares * scale) * own
+        return target
