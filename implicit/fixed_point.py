@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from implicit.arguments import check_kind, check_positions
@@ -20,6 +19,7 @@ from implicit.solve import Outcome, solve
 from implicit.solvers import Anderson, Solver, WholeSolver
 from implicit.state import FlatMap, Layout, Select, State, StateError
 from implicit.stopping import Steps, Stop, Tolerance
+from implicit.transforms import is_pushing_forward, no_forward_mode
 
 _DEFAULT_SOLVER = Anderson()
 _DEFAULT_STOP = Tolerance()
@@ -116,7 +116,7 @@ def fixed_point(
         )
     value = outcome.value
     adjoints: list[Adjoint] = []
-    if not gradient.tracks_path and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+    if not gradient.tracks_path and (torch.is_grad_enabled() or is_pushing_forward()):
         value = value.detach()
         recorded = (adjoints,) if isinstance(gradient, AdjointGradient) else ()
         value = _WithGradientOf.apply(gradient.attach(flat, value, *recorded), value)
@@ -147,13 +147,11 @@ def root(
     The residual that is tested and reported is ``‖g(y)‖``; a relative tolerance is relative to
     ``‖y − g(y)‖``.  The Jacobian of ``g`` need not be near the identity, but `Anderson` and
     `Broyden` begin as if it were: scale ``g`` so that its derivative is positive and of order
-    one, or use `NewtonKrylov`.
+    one, or use `NewtonKrylov`.  All arguments but the first are those of `fixed_point`.
 
     Args:
         g: ``g(y, *args)``, of the same structure and shape as ``y``; or a pair of it and an
             auxiliary output with ``has_aux``.
-        y0, solver, stop, gradient, args, has_aux, path, trace, select, memory, keep_memory: as in
-            `fixed_point`.
 
     Raises:
         StateError, TypeError, ValueError: as `fixed_point` does.
@@ -209,8 +207,12 @@ class FixedPoint(nn.Module):
 
     Args:
         f: module or function ``f(y, *args) -> y``.
-        solver, stop, gradient, has_aux: as in `fixed_point`.
-        eval_solver, eval_stop: used instead after ``.eval()``.
+        solver: as in `fixed_point`.
+        stop: as in `fixed_point`.
+        gradient: as in `fixed_point`.
+        eval_solver: used instead of ``solver`` after ``.eval()``.
+        eval_stop: used instead of ``stop`` after ``.eval()``.
+        has_aux: as in `fixed_point`.
 
     Example:
         >>> import torch, implicit
@@ -294,7 +296,7 @@ def solving(tracked: bool) -> Iterator[None]:
         with torch.no_grad():
             yield
     else:
-        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        with torch.no_grad(), no_forward_mode():
             yield
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from implicit.per_solve import PerSolve
+from implicit.transforms import is_transforming
 
 Method = Literal["spectral", "weight"]
 Module = TypeVar("Module", bound=nn.Module)
@@ -176,7 +177,7 @@ class _SpectralCap(_Cap, PerSolve):
 
     def norm(self, matrices: Tensor) -> Tensor:
         # What torch.func computes must not outlive its transform in a buffer.
-        if self.training and self.due and not torch._C._are_functorch_transforms_active():
+        if self.training and self.due and not is_transforming():
             self.vector = self._followed(matrices.detach())
             self.due = not self.announced
         # A copy: DistributedDataParallel writes into buffers that a backward pass may still need.

@@ -19,6 +19,7 @@ from implicit.solution import classify
 from implicit.solvers.base import Solver, WholeSolver, take
 from implicit.state import StateError
 from implicit.stopping import Norm, Stop, Tolerance, batch_norm_of
+from implicit.transforms import is_wrapped, on_host
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called after step ``n`` with ``(n, state before the step, state after it)``."""
@@ -100,7 +101,7 @@ def iterate(
         perturb: moves the iterate before each step (refinement-aware perturbation).
         visit: is shown the path, step by step.
     """
-    y, traced = y0, []
+    y, traced, precision = y0, [], full_precision(y0.device)
     first = residual = relative = y0
     state: Any = None
     best: _Best | None = None
@@ -110,18 +111,21 @@ def iterate(
         if step == 1:
             before = _spread(before, fy)
             state = solver.begin(before, problem, memory)
+        r = fy - before
         if trace or solver.keeps_best or step in (1, n):
-            residual = batch_norm_of((fy - before).detach(), "l2")
+            residual = batch_norm_of(r.detach(), "l2")
             relative = _relative(residual, batch_norm_of(fy.detach(), "l2"))
             first = residual if step == 1 else first
         if trace:
             traced.append(relative)
         if solver.keeps_best:
             best = _Best.of(best, before, residual, relative)
-        with full_precision(y.device):
-            y, state = solver.step(state, before, fy)
+        with precision:
+            y, state = solver.step(state, before, fy, r)
+        del fy, r  # while f is evaluated, only the memory and the iterate need be held
         if visit is not None:
             visit(step, before, y)
+        del before
     nothing = torch.zeros_like(residual, dtype=torch.bool)
     # The value lies one step beyond the last residual: an overflow there must not pass unseen.
     finite = torch.isfinite(y.detach()).all(dim=1)
@@ -197,6 +201,7 @@ class _Run:
         self, problem: Problem, y0: Tensor, solver: Solver, stop: Tolerance, finest: float
     ) -> None:
         self.problem, self.solver, self.stop, self.finest = problem, solver, stop, finest
+        self.precision = full_precision(y0.device)
         self.rtol = stop.rtol_for(finest)
         self.atol = torch.full((), stop.atol, dtype=y0.dtype, device=y0.device)
         self.left: list[_Samples] = []
@@ -216,28 +221,30 @@ class _Run:
                 y = _spread(y, fy)
                 self.samples = _Samples.all(y, self.solver.begin(y, self.problem, memory))
             self.samples.y = y
-            active = self._test(n, fy, trace)
+            r = fy - y
+            active = self._test(n, fy, r, trace)
             if n == last or self.still == 0:
                 return
             if active is not None and self.may_leave and self.still <= STAYING * len(y):
-                y, fy = self._leave(active, fy)
+                y, fy, r = self._leave(active, fy, r)
             samples = self.samples
-            with full_precision(y.device):
-                proposed, samples.memory = self.solver.step(samples.memory, y, fy)
-            del fy  # while f is evaluated, only the memory and the iterate need be held
+            with self.precision:
+                proposed, samples.memory = self.solver.step(samples.memory, y, fy, r)
+            del fy, r
             y = proposed if self.all_active else torch.where(_rows(samples.active), proposed, y)
             samples.y = y
             if n + 1 in path:
                 self.states[n + 1] = self._whole(lambda s: s.y).detach()
 
-    def _test(self, n: int, fy: Tensor, trace: bool) -> Tensor | None:
+    def _test(self, n: int, fy: Tensor, r: Tensor, trace: bool) -> Tensor | None:
         """Test every sample; which are not done, on the host, if it was time to look.
 
         None also says that all go on.
         """
         samples, norm = self.samples, self.stop.norm
-        fy = fy.detach()
-        now = batch_norm_of(fy - samples.y.detach(), norm)
+        if fy.requires_grad:
+            fy, r = fy.detach(), r.detach()
+        now = batch_norm_of(r, norm)
         if self.rtol:
             size = batch_norm_of(fy, norm)
             allowed = torch.add(self.atol, size, alpha=self.rtol)
@@ -256,10 +263,10 @@ class _Run:
         last = n == self.stop.max_steps
         active: Tensor | None = None
         if self.can_look and n % self.stop.check_every == 0 and not last:
-            active = _seen(going if self.all_active else going & samples.active)
+            active = on_host(going if self.all_active else going & samples.active)
             self.can_look = active is not None
-            self.still = len(going) if active is None else int(active.count_nonzero())
-            if self.all_active and active is not None and self.still == len(going):
+            self.still = going.shape[0] if active is None else int(active.count_nonzero())
+            if self.all_active and active is not None and self.still == going.shape[0]:
                 return None
         stopping = samples.active if last else samples.active & ~going
         relative = _relative(now, batch_norm_of(fy, norm))
@@ -270,22 +277,22 @@ class _Run:
         self.all_active = False
         return active
 
-    def _leave(self, active: Tensor, fy: Tensor) -> tuple[Tensor, Tensor]:
-        """Those that are done leave the batch; iterates and images of the others."""
+    def _leave(self, active: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those that are done leave the batch; iterates, images and residuals of the others."""
         samples, device = self.samples, fy.device
         stay = active.nonzero().flatten().to(device)
         if not self.left:
             # It costs one evaluation of one sample to know; let it be one that has long to go.
-            length = torch.linalg.vector_norm(fy - samples.y, dim=1).index_select(0, stay)
+            length = torch.linalg.vector_norm(r, dim=1).index_select(0, stay)
             hardest = stay[length.argmax()].reshape(1)
             self.may_leave = self.problem.parts_well(hardest, samples.y, fy)
             if not self.may_leave:
-                return samples.y, fy
+                return samples.y, fy, r
         self.left.append(take(samples, (~active).nonzero().flatten().to(device)))
         self.samples = take(samples, stay)
         self.problem.narrow(stay)
         self.all_active = True
-        return self.samples.y, fy.index_select(0, stay)
+        return self.samples.y, fy.index_select(0, stay), r.index_select(0, stay)
 
     def outcome(self, path: Sequence[int], keep_memory: bool) -> Outcome:
         """The samples in their order again."""
@@ -341,7 +348,7 @@ class _Run:
         if self.rtol >= self.finest or not self.can_look:
             return
         rounding = self.finest * batch_norm_of(fy.detach(), self.stop.norm)
-        beyond_reach = _seen((allowed < rounding) & (now > 0))
+        beyond_reach = on_host((allowed < rounding) & (now > 0))
         if beyond_reach is not None and bool(beyond_reach.all()):
             raise StateError(
                 f"{self.stop} cannot be met in the dtype of this state: rounding alone leaves a "
@@ -383,21 +390,7 @@ def _spread(y: Tensor, fy: Tensor) -> Tensor:
     A start that is the same for all mapped problems must become one per problem before it is
     written to; outside of transforms this is ``y`` itself.
     """
-    if torch.compiler.is_compiling():
-        return y
-    if torch._C._functorch.is_functorch_wrapped_tensor(fy):
-        return y + torch.zeros_like(fy)
-    return y
-
-
-def _seen(flags: Tensor) -> Tensor | None:
-    """Flags on the host, the one place where a solve waits for the device; None under vmap."""
-    wrapped = flags
-    while torch._C._functorch.is_functorch_wrapped_tensor(wrapped):
-        if torch._C._functorch.is_batchedtensor(wrapped):
-            return None
-        wrapped = torch._C._functorch.get_unwrapped(wrapped)
-    return wrapped.cpu()
+    return y + torch.zeros_like(fy) if is_wrapped(fy) else y
 
 
 def _rows(flags: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ class Layout:
     def pack(self, y: State) -> Tensor:
         """The state as a ``(B, D)`` matrix in the working dtype (differentiable)."""
         if self.bare:
-            return y.reshape(self.batch, self.sizes[0]).to(self.dtype)
+            flat = y if y.dim() == 2 else y.reshape(self.batch, self.sizes[0])
+            return flat if flat.dtype == self.dtype else flat.to(self.dtype)
         leaves = zip(pytree.tree_leaves(y), self.sizes, strict=True)
         rows = [leaf.reshape(self.batch, size).to(self.dtype) for leaf, size in leaves]
         return torch.cat(rows, dim=1)
@@ -95,7 +96,8 @@ class Layout:
     def unpack(self, flat: Tensor) -> State:
         """The state that a ``(B, D)`` matrix stands for, each leaf in its own shape and dtype."""
         if self.bare:
-            return flat.reshape(self.shapes[0]).to(self.dtypes[0])
+            y = flat if len(self.shapes[0]) == 2 else flat.reshape(self.shapes[0])
+            return y.to(self.dtypes[0]) if self.narrows else y
         rows = flat.split(self.sizes, dim=1)
         leaves = [
             row.reshape(shape).to(dtype)

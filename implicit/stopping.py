@@ -20,12 +20,10 @@ Norm = Literal["l2", "rms", "max"]
 
 def batch_norm_of(x: Tensor, norm: Norm) -> Tensor:
     """Norm of each row of ``x (B, D)``; a row of no elements has norm 0."""
-    if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0])
     if norm == "max":
-        return x.abs().amax(dim=1)
+        return x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
     length = torch.linalg.vector_norm(x, dim=1)
-    return length if norm == "l2" else length / math.sqrt(x.shape[1])
+    return length if norm == "l2" else length / math.sqrt(max(x.shape[1], 1))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from implicit.solution import Adjoint
 from implicit.solve import solve
 from implicit.solvers import Anderson, Solver
 from implicit.stopping import Steps, Stop, Tolerance
+from implicit.transforms import is_wrapped
 
 
 class ConvergenceWarning(UserWarning):
@@ -233,7 +234,7 @@ class Auto(AdjointGradient):
 
 
 def _warn(name: str, failed: Tensor, error: Tensor) -> None:
-    if torch._C._functorch.is_functorch_wrapped_tensor(failed):
+    if is_wrapped(failed):
         return
     count = int(failed.sum())
     if count:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from implicit.gradients.base import Map
 from implicit.gradients.graph import Start, leaves_of
+from implicit.transforms import derivatives, is_pushing_forward, is_transforming, no_forward_mode
 
 Solve = Callable[[Map, Tensor], Tensor]
 """``solve(product, v)``: the solution of ``w = v + product(w)``, or what stands for it."""
@@ -29,14 +30,14 @@ def attach(f: Map, value: Tensor, solve: Solve, twice: bool) -> Tensor:
     Args:
         twice: whether that derivative may be differentiated again.
     """
-    if torch._C._functorch.maybe_current_level() is not None:
+    if is_transforming():
         return _attach_transformed(f, value, solve)
     start = Start.of(value)
     with _Closed(start) as closed:
         image = f(start)
-    plain, tangent = forward_ad.unpack_dual(image) if _forward() else (image, None)
+    plain, tangent = forward_ad.unpack_dual(image) if is_pushing_forward() else (image, None)
     if tangent is not None:
-        with forward_ad._set_fwd_grad_enabled(False):
+        with no_forward_mode():
             tangent = solve(lambda t: _forward_product(f, value, t), tangent.detach())
     if next(leaves_of(image), None) is None:
         attached = plain.detach()
@@ -142,9 +143,7 @@ class _Differentiable(torch.autograd.Function):
 
 def _attach_transformed(f: Map, value: Tensor, solve: Solve) -> Tensor:
     """The same under the transforms of `torch.func`: one of derivatives, any number of vmaps."""
-    stack: Any = torch._C._functorch.get_interpreter_stack()
-    vmap = torch._C._functorch.TransformType.Vmap
-    if sum(interpreter.key() != vmap for interpreter in stack) > 1:
+    if derivatives() > 1:
         raise RuntimeError(
             "Implicit, Auto and Neumann know first derivatives under torch.func. For second ones "
             "use torch.autograd (Implicit: create_graph=True, torch.autograd.functional.hessian), "
@@ -237,11 +236,6 @@ def _combined(
         retain_graph=True,
         allow_unused=True,
     )
-
-
-def _forward() -> bool:
-    """Whether forward-mode differentiation is going on."""
-    return forward_ad._current_level >= 0
 
 
 def _forward_product(f: Map, value: Tensor, t: Tensor) -> Tensor:

@@ -75,10 +75,10 @@ class Anderson(Solver):
             raise ValueError(f"Anderson(restart={self.restart}): must be above 1.")
 
     def init(self, y: Tensor) -> _Memory:
-        return self._begin(SecantHistory.empty(y, self.memory))
+        return self._begin(SecantHistory.empty(y, self.memory, self.restart))
 
     def resume(self, exported: Pairs, y: Tensor) -> _Memory:
-        history = SecantHistory.of(exported, y, self.memory)
+        history = SecantHistory.of(exported, y, self.memory, self.restart)
         unit = history.basis * history.scale.unsqueeze(2)
         history.system = torch.bmm(unit, unit.mT)
         return self._begin(history)
@@ -86,25 +86,24 @@ class Anderson(Solver):
     def export(self, memory: _Memory) -> Pairs:
         return memory.history.export()
 
-    def step(self, memory: _Memory, y: Tensor, fy: Tensor) -> tuple[Tensor, _Memory]:
+    def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
         history = memory.history
-        r = history.residual(y, fy)
         plain = fy if self.mixing == 1 else y.lerp(fy, self.mixing)
-        history.restart(torch.linalg.vector_norm(r.detach(), dim=1), self.restart)
+        history.restart(r)
         target = self._update(history, history.push(r, plain))
         memory.taken += 1
         following = plain
         if target is not None and memory.taken % self.every == 0:
             self._regularise(memory)
-            following = history.mix(plain, history.weights(target))
-        history.hold(r, plain)
+            following = history.mix(plain, history.weights(target), into=r)
+        history.hold(plain)
         return following, memory
 
     def _begin(self, history: SecantHistory) -> _Memory:
         newest = max(self.ridge, 10 * torch.finfo(history.rows.dtype).eps)
         ages = torch.arange(self.memory - 1, -1, -1, device=history.rows.device)
         ridges = (newest * AGING ** ages.to(history.rows.dtype)).clamp(max=MOST_RIDGE)
-        return _Memory(history, (1 + ridges).repeat(len(history.best), 2))
+        return _Memory(history, (1 + ridges).repeat(len(history.limit), 2))
 
     def _update(self, history: SecantHistory, pushed: bool) -> Tensor | None:
         """Put the newest pair into the normal equations; their right-hand side ``(B, n)``.
@@ -113,17 +112,16 @@ class Anderson(Solver):
         """
         if not history.filled:
             return None
-        n, slot = history.filled, history.slot
-        rows = history.residual_and(1 + 2 * slot)
-        products = torch.bmm(rows, history.basis.mT)
+        slot = history.slot
+        products = torch.bmm(history.residual_and(1 + 2 * slot), history.basis.mT)
         if pushed:
-            history.measure(products.select(2, slot).select(1, 1))
-        products = products * history.scale[:, :n].unsqueeze(1)
+            own = history.measure(products.select(1, 1).narrow(1, slot, 1))
+        target, column = (products * history.unit.unsqueeze(1)).unbind(1)
         if pushed:
-            column = products.select(1, 1) * history.scale.select(1, slot).unsqueeze(1)
-            history.system.select(2, slot)[:, :n] = column
-            history.system.select(1, slot)[:, :n] = column
-        return products.select(1, 0)
+            column, equations = column * own, history.equations
+            equations.select(1, slot).copy_(column)
+            equations.select(2, slot).copy_(column)
+        return target
 
     def _regularise(self, memory: _Memory) -> None:
         """Set the diagonal to one plus the ridge that belongs to the age of each pair."""

@@ -37,8 +37,10 @@ class Solver(ABC):
         """
 
     @abstractmethod
-    def step(self, memory: Any, y: Tensor, fy: Tensor) -> tuple[Tensor, Any]:
-        """Next iterate ``(B, D)`` and memory, from ``y`` and ``fy = f(y)``.
+    def step(self, memory: Any, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Any]:
+        """Next iterate ``(B, D)`` and memory, from ``y``, ``fy = f(y)`` and ``r = fy − y``.
+
+        ``r`` is not needed any more by the caller and may be overwritten.
 
         ``y`` need not be what the last step proposed: a perturbation may have moved it, or the
         sample may have stopped.
@@ -67,7 +69,7 @@ class WholeSolver(Solver):
     def init(self, y: Tensor) -> Any:
         raise TypeError(f"{self} runs as a whole and cannot be stepped.")
 
-    def step(self, memory: Any, y: Tensor, fy: Tensor) -> tuple[Tensor, Any]:
+    def step(self, memory: Any, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Any]:
         raise TypeError(f"{self} runs as a whole and cannot be stepped.")
 
 

@@ -43,8 +43,8 @@ class Best(Solver):
     def begin(self, y: Tensor, f: Any, exported: Any = None) -> Any:
         return self.solver.begin(y, f, exported)
 
-    def step(self, memory: Any, y: Tensor, fy: Tensor) -> tuple[Tensor, Any]:
-        return self.solver.step(memory, y, fy)
+    def step(self, memory: Any, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Any]:
+        return self.solver.step(memory, y, fy, r)
 
     def export(self, memory: Any) -> Any:
         return self.solver.export(memory)

@@ -22,6 +22,7 @@ from implicit.solvers.line_search import LineSearch
 @dataclass
 class _Memory:
     history: SecantHistory
+    blank: Tensor  # (B, m, m): the identity, which is the system of no pairs
     search: LineSearch | None
 
 
@@ -61,10 +62,10 @@ class Broyden(Solver):
             raise ValueError(f"Broyden(restart={self.restart}): must be above 1.")
 
     def init(self, y: Tensor) -> _Memory:
-        return self._begin(SecantHistory.empty(y, self.memory), y)
+        return self._begin(SecantHistory.empty(y, self.memory, self.restart), y)
 
     def resume(self, exported: Pairs, y: Tensor) -> _Memory:
-        history = SecantHistory.of(exported, y, self.memory)
+        history = SecantHistory.of(exported, y, self.memory, self.restart)
         unit, moves = (x * history.scale.unsqueeze(2) for x in (history.basis, history.moves))
         # Slots are in order of time here, so that is what the triangle is of.
         history.system = torch.bmm(unit, moves.mT) - torch.bmm(unit, unit.mT).triu()
@@ -74,26 +75,29 @@ class Broyden(Solver):
     def export(self, memory: _Memory) -> Pairs:
         return memory.history.export()
 
-    def step(self, memory: _Memory, y: Tensor, fy: Tensor) -> tuple[Tensor, _Memory]:
+    def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
         history = memory.history
-        length = torch.linalg.vector_norm(history.residual(y, fy).detach(), dim=1)
-        history.restart(length, self.restart)
-        following = self._quasi_newton(history, y, fy)
-        if memory.search is not None:
+        kept = history.restart(r).view(-1, 1, 1)
+        # What is left of a system that has failed could still be singular.
+        history.system = torch.where(kept, history.system, memory.blank)
+        length = torch.linalg.vector_norm(r.detach(), dim=1) if memory.search else None
+        following = self._quasi_newton(history, y, fy, r)
+        if memory.search is not None and length is not None:
             accepted = memory.search.accepts(length)
             following = memory.search.next(accepted, y, length, following - y)
         return following, memory
 
     def _begin(self, history: SecantHistory, y: Tensor) -> _Memory:
-        return _Memory(history, LineSearch.at(y) if self.line_search else None)
+        blank = torch.eye(self.memory, dtype=y.dtype, device=y.device).expand(y.shape[0], -1, -1)
+        return _Memory(history, blank, LineSearch.at(y) if self.line_search else None)
 
-    def _quasi_newton(self, history: SecantHistory, y: Tensor, fy: Tensor) -> Tensor:
-        pushed = history.push(y, fy)
+    def _quasi_newton(self, history: SecantHistory, y: Tensor, fy: Tensor, r: Tensor) -> Tensor:
+        pushed = history.push(r, fy, y)
         following = fy
         if history.filled:
             target = self._update(history, pushed)
-            following = history.mix(fy, history.weights(target))
-        history.hold(y, fy)
+            following = history.mix(fy, history.weights(target), into=r)
+        history.hold(fy, y)
         return following
 
     @staticmethod
@@ -111,10 +115,10 @@ class Broyden(Solver):
         newest = history.rows.select(1, 1 + 2 * slot).unsqueeze(1)
         with_all = torch.bmm(newest, history.rows[:, 1 : 2 * n + 1].mT).squeeze(1)
         squares, moved = with_all[:, ::2], with_all[:, 1::2]
-        history.measure(squares.select(1, slot))
-        scale = history.scale[:, :n]
-        own = scale.select(1, slot).unsqueeze(1)
+        own = history.measure(squares.narrow(1, slot, 1))
+        scale, equations = history.unit, history.equations
         target, column = (residual_and_move * scale.unsqueeze(1)).unbind(1)
-        history.system.select(1, slot)[:, :n] = moved * scale * own
-        history.system.select(2, slot)[:, :n] = (column - squares * scale) * own
+        scale = scale * own
+        equations.select(1, slot).copy_(moved * scale)
+        equations.select(2, slot).copy_(torch.addcmul(column * own, squares, scale, value=-1))
         return target

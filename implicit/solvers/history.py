@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicit.transforms import is_wrapped
+
 
 @dataclass
 class Pairs:
@@ -41,8 +43,9 @@ class SecantHistory:
         scale: ``(B, m)``: one over the length of each basis vector; 0 where a sample has forgotten
             its pair (`restart`).
         system: ``(B, m, m)``, written by the solver, for basis vectors of unit length.
-        blank: ``(B, m, m)``: the identity, which is the system of no pairs.
-        best: ``(B,)``: the least residual since the last restart.
+        growth: ``(B,)``: how far a residual may exceed the least since the last restart.
+        limit: ``(B,)``: that least residual times ``growth``.
+        size: ``m``, the number of slots.
         filled: slots that have ever held a pair.
         slot: that of the newest pair.
         holds: whether a point and an image wait in the next slot for their successors.
@@ -51,27 +54,28 @@ class SecantHistory:
     rows: Tensor
     scale: Tensor
     system: Tensor
-    blank: Tensor
-    best: Tensor
+    growth: Tensor
+    limit: Tensor
+    size: int
     filled: int = 0
     slot: int = -1
     holds: bool = False
 
     @classmethod
-    def empty(cls, y: Tensor, memory: int) -> SecantHistory:
+    def empty(cls, y: Tensor, memory: int, growth: float) -> SecantHistory:
         """A history of no pairs for a solve from ``y (B, D)``."""
         batch, dim = y.shape
-        blank = torch.eye(memory, dtype=y.dtype, device=y.device).expand(batch, -1, -1)
         return cls(
             rows=y.new_empty(batch, 2 * memory + 1, dim),
             scale=y.new_zeros(batch, memory),
-            system=blank + y.new_zeros(batch, 1, 1),
-            blank=blank,
-            best=y.new_full((batch,), torch.inf),
+            system=y.new_zeros(batch, memory, memory),
+            growth=y.new_full((batch,), growth),
+            limit=y.new_full((batch,), torch.inf),
+            size=memory,
         )
 
     @classmethod
-    def of(cls, pairs: Pairs, y: Tensor, memory: int) -> SecantHistory:
+    def of(cls, pairs: Pairs, y: Tensor, memory: int, growth: float) -> SecantHistory:
         """A history that begins with the pairs of another solve, but not with their system."""
         shape = (y.shape[0], memory, y.shape[1])
         if not isinstance(pairs, Pairs) or pairs.basis.shape != shape:
@@ -81,7 +85,7 @@ class SecantHistory:
                 f"shape {shape} (samples, memory, elements). Use the same solver and batch, or "
                 "memory=None."
             )
-        history = cls.empty(y, memory)
+        history = cls.empty(y, memory, growth)
         history.filled, history.slot = memory, memory - 1
         history.basis.copy_(pairs.basis)
         history.moves.copy_(pairs.moves)
@@ -111,33 +115,51 @@ class SecantHistory:
         """``(B, n, D)``: likewise."""
         return self.rows[:, 2 : 2 * self.filled + 1 : 2]
 
-    def residual(self, y: Tensor, fy: Tensor) -> Tensor:
-        """Write ``fy − y (B, D)`` to row 0, which is returned."""
-        return self.rows.select(1, 0).copy_(fy).sub_(y)
+    @property
+    def unit(self) -> Tensor:
+        """``(B, n)``: `scale` of those slots."""
+        return self.scale if self.filled == self.size else self.scale[:, : self.filled]
 
-    def restart(self, length: Tensor, growth: float) -> None:
-        """Empty the history of each sample whose residual exceeds ``growth`` times its best."""
-        kept = length <= growth * self.best
-        self.best = torch.where(kept, torch.minimum(self.best, length), length)
+    @property
+    def equations(self) -> Tensor:
+        """``(B, n, n)``: `system` of those slots."""
+        n = self.filled
+        return self.system if n == self.size else self.system[:, :n, :n]
+
+    def restart(self, r: Tensor) -> Tensor:
+        """Empty the history of each sample whose residual exceeds its limit; who keeps it, (B,)."""
+        length = torch.linalg.vector_norm(r, dim=1)
+        kept, allowed = length <= self.limit, length * self.growth
+        self.limit = torch.where(kept, torch.minimum(self.limit, allowed), allowed)
         self.scale = self.scale * kept.unsqueeze(1)
-        self.system = torch.where(kept.view(-1, 1, 1), self.system, self.blank)
+        return kept
 
-    def push(self, point: Tensor, image: Tensor) -> bool:
-        """Make a pair of what is held and its successors; False if nothing is held."""
-        if not self.holds:
-            return False
-        self.slot = (self.slot + 1) % self.size
-        self.filled = min(self.filled + 1, self.size)
-        self.rows.select(1, 1 + 2 * self.slot).sub_(point)
-        self.rows.select(1, 2 + 2 * self.slot).sub_(image)
-        return True
+    def push(self, r: Tensor, image: Tensor, point: Tensor | None = None) -> bool:
+        """Write the residual, and make a pair of what was held and its successors.
 
-    def hold(self, point: Tensor, image: Tensor) -> None:
-        """Keep a point and an image for the next pair, in place of the oldest one."""
+        The basis is the change of the point or, where none is given, of the residual.  False if
+        nothing was held.
+        """
+        residual = self.rows.select(1, 0)
+        if self.holds:
+            self.slot = (self.slot + 1) % self.size
+            self.filled = min(self.filled + 1, self.size)
+            basis = self.rows.select(1, 1 + 2 * self.slot)
+            if point is None:
+                basis.copy_(residual).sub_(r)
+            else:
+                basis.sub_(point)
+            self.rows.select(1, 2 + 2 * self.slot).sub_(image)
+        residual.copy_(r)
+        return self.holds
+
+    def hold(self, image: Tensor, point: Tensor | None = None) -> None:
+        """Keep an image (and a point) for the next pair, in place of the oldest one."""
         if torch.is_grad_enabled():  # autograd needs the old contents
-            self.rows = self.rows.clone()
+            self.rows, self.system = self.rows.clone(), self.system.clone()
         following = (self.slot + 1) % self.size
-        self.rows.select(1, 1 + 2 * following).copy_(point)
+        if point is not None:
+            self.rows.select(1, 1 + 2 * following).copy_(point)
         self.rows.select(1, 2 + 2 * following).copy_(image)
         self.holds = True
 
@@ -145,25 +167,21 @@ class SecantHistory:
         """``(B, 2, D)``: row 0 and another one, without a copy."""
         return self.rows[:, : row + 1 : row]
 
-    def measure(self, square: Tensor) -> None:
-        """Take note of ``‖basis‖² (B,)`` of the newest pair, which is kept from zero in place."""
-        square.clamp_min_(torch.finfo(square.dtype).tiny)
-        self.scale.select(1, self.slot).copy_(square.rsqrt())
+    def measure(self, square: Tensor) -> Tensor:
+        """The scale of the newest pair from its ``‖basis‖² (B, 1)``, kept from zero in place."""
+        own = self.scale.narrow(1, self.slot, 1)
+        return own.copy_(square.clamp_min_(torch.finfo(square.dtype).tiny).rsqrt())
 
     def weights(self, target: Tensor) -> Tensor:
         """Solve the system for ``target (B, n)``, both for unit vectors; weights of the pairs."""
-        n = self.filled
-        solution, _ = torch.linalg.solve_ex(self.system[:, :n, :n], target.unsqueeze(2))
+        solution = torch.linalg.solve_ex(self.equations, target.unsqueeze(2)).result
         # A sample whose numbers overflowed takes the plain step; its neighbours are untouched.
-        return (solution.squeeze(2) * self.scale[:, :n]).nan_to_num_(0, 0, 0)
+        return (solution.squeeze(2) * self.unit).nan_to_num_(0, 0, 0)
 
-    def mix(self, image: Tensor, weights: Tensor) -> Tensor:
-        """``image − Σᵢ wᵢ movesᵢ`` for ``weights (B, n)``."""
-        return torch.baddbmm(
-            image.unsqueeze(1), weights.unsqueeze(1), self.moves, alpha=-1
-        ).squeeze(1)
-
-    @property
-    def size(self) -> int:
-        """``m``, the number of slots."""
-        return self.scale.shape[1]
+    def mix(self, image: Tensor, weights: Tensor, into: Tensor) -> Tensor:
+        """``image − Σᵢ wᵢ movesᵢ (B, D)`` for ``weights (B, n)``, written to a tensor of no use."""
+        if torch.is_grad_enabled() or is_wrapped(into):  # where in place is wrong, or slow
+            mixed = torch.bmm(weights.unsqueeze(1), self.moves).squeeze(1)
+            return image - mixed
+        into.copy_(image).unsqueeze(1).baddbmm_(weights.unsqueeze(1), self.moves, alpha=-1)
+        return into

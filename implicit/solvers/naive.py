@@ -36,5 +36,5 @@ class Naive(Solver):
     def init(self, y: Tensor) -> None:
         return None
 
-    def step(self, memory: None, y: Tensor, fy: Tensor) -> tuple[Tensor, None]:
+    def step(self, memory: None, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, None]:
         return (fy if self.damping == 1 else y.lerp(fy, self.damping)), None

@@ -66,8 +66,8 @@ class NewtonKrylov(Solver):
     def begin(self, y: Tensor, f: Any, exported: Any = None) -> _Memory:
         return _Memory(LineSearch.at(y), f)
 
-    def step(self, memory: _Memory, y: Tensor, fy: Tensor) -> tuple[Tensor, _Memory]:
-        search, r = memory.search, fy - y
+    def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
+        search = memory.search
         length = torch.linalg.vector_norm(r.detach(), dim=1)
         accepted = search.accepts(length)
         forcing = (0.9 * (length / search.length).square()).clamp(1e-8, self.forcing)

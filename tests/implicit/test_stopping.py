@@ -329,7 +329,7 @@ class Leap(implicit.Solver):
     def init(self, y: Tensor) -> None:
         return None
 
-    def step(self, memory: None, y: Tensor, fy: Tensor) -> tuple[Tensor, None]:
+    def step(self, memory: None, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, None]:
         return torch.full_like(fy, torch.inf), None
 
 

@@ -1,0 +1,55 @@
+"""What the transforms of `torch.func` and forward mode are doing at the moment.
+
+Torch has no public way to ask, so its private names stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_functorch: Any = torch._C._functorch
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether ``x`` is seen through a transform."""
+    return not torch.compiler.is_compiling() and _functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_transforming() -> bool:
+    """Whether any transform is at work."""
+    return _functorch.maybe_current_level() is not None
+
+
+def derivatives() -> int:
+    """How many transforms at work take derivatives; vmap does not."""
+    if not is_transforming():
+        return 0
+    kinds = [interpreter.key() for interpreter in _functorch.get_interpreter_stack()]
+    return sum(kind != _functorch.TransformType.Vmap for kind in kinds)
+
+
+def on_host(flags: Tensor) -> Tensor | None:
+    """``flags`` on the host, for which it waits for the device; None under vmap."""
+    while is_wrapped(flags):
+        if _functorch.is_batchedtensor(flags):
+            return None
+        flags = _functorch.get_unwrapped(flags)
+    return flags.cpu()
+
+
+def is_pushing_forward() -> bool:
+    """Whether forward-mode differentiation is going on."""
+    return forward_ad._current_level >= 0
+
+
+@contextmanager
+def no_forward_mode() -> Iterator[None]:
+    """Keep tangents out, as ``torch.no_grad`` keeps graphs out."""
+    with forward_ad._set_fwd_grad_enabled(False):
+        yield
