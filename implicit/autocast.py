@@ -19,6 +19,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def forget_casts(device: torch.device) -> None:
+    """Drop the casts of weights that autocast keeps, before gradients are wanted.
+
+    Those that were made without a graph would otherwise serve where there is one, and the weights
+    get no gradient (torch 2.6 does not tell them apart).
+    """
+    if autocast_dtype(device) is not None:
+        torch.clear_autocast_cache()
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off on ``device``."""
     if autocast_dtype(device) is None:

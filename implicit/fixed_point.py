@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from implicit.arguments import check_kind, check_positions
+from implicit.autocast import forget_casts
 from implicit.gradients import AdjointGradient, Gradient, Implicit
 from implicit.per_solve import renew
 from implicit.problem import Problem
@@ -90,8 +91,7 @@ def fixed_point(
     _check_choices(f, solver, stop, gradient)
     if isinstance(solver, WholeSolver) and (path or trace or memory or keep_memory):
         raise ValueError(f"{solver} shows only its answer: no path, no trace and no memory.")
-    if isinstance(f, nn.Module):
-        renew(f)
+    renew(f)
     most = stop.n if isinstance(stop, Steps) else stop.max_steps
     check_positions("path", path, most, f"what {stop} allows")
     layout = Layout(y0)
@@ -102,7 +102,7 @@ def fixed_point(
     # The auxiliary output is that of the whole batch, so nobody may leave; nor has anybody to
     # whose inputs are all closed over.
     parts = flat.part if (args or select) and not has_aux else None
-    with solving(gradient.tracks_path):
+    with solving(gradient.tracks_path, layout.device):
         outcome = solve(
             Problem(flat, part=parts, agreement=layout.eps**0.5),
             start,
@@ -171,8 +171,7 @@ def root(
     """
     if not callable(g):
         raise TypeError(f"g must be callable, not {g!r}.")
-    if isinstance(g, nn.Module):
-        renew(g)
+    renew(g)
     layout = Layout(y0)
 
     def f(y: State, *args: Any) -> Any:
@@ -287,17 +286,20 @@ class _WithGradientOf(torch.autograd.Function):
         return grad, None
 
 
-@contextmanager
-def solving(tracked: bool) -> Iterator[None]:
+def solving(tracked: bool, device: torch.device) -> AbstractContextManager[object]:
     """No derivatives of the solver's own path, backward or forward, unless they are asked for."""
     if tracked:
+        return nullcontext()
+    if torch.compiler.is_compiling():  # which knows no forward mode to switch off
+        return torch.no_grad()
+    return _untracked(device)
+
+
+@contextmanager
+def _untracked(device: torch.device) -> Iterator[None]:
+    with torch.no_grad(), no_forward_mode():
         yield
-    elif torch.compiler.is_compiling():  # which knows no forward mode to switch off
-        with torch.no_grad():
-            yield
-    else:
-        with torch.no_grad(), no_forward_mode():
-            yield
+    forget_casts(device)
 
 
 def _solution(

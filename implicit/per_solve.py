@@ -7,6 +7,8 @@ every evaluation makes each evaluation another map, and the solver chases a poin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -19,11 +21,11 @@ class PerSolve(nn.Module, ABC):
         """A solve begins: what is random may be drawn anew, what is tracked may move on."""
 
 
-def renew(module: nn.Module) -> None:
-    """Tell every `PerSolve` inside ``module`` that a solve begins.
+def renew(f: nn.Module | Callable[..., Any]) -> None:
+    """Tell every `PerSolve` inside the module ``f`` that a solve begins.
 
-    `fixed_point`, `FixedPoint`, `root` and `supervise` do so if their ``f`` is a module.  If it is
-    a function around a module, they cannot see it: call this before each solve.
+    `fixed_point`, `FixedPoint`, `root` and `supervise` do so.  A function around a module does not
+    show it to them, and nothing is done: call this with the module before each solve.
 
     Example:
         >>> import torch
@@ -34,6 +36,8 @@ def renew(module: nn.Module) -> None:
         >>> bool((cell(y) == cell(y)).all())
         True
     """
-    for inner in module.modules():
+    if not hasattr(f, "modules"):  # torch.compile of torch 2.6 cannot follow isinstance here
+        return
+    for inner in f.modules():
         if isinstance(inner, PerSolve):
             inner.renew()

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit.arguments import check_kind, check_positions
+from implicit.autocast import forget_casts
 from implicit.gradients import RAG, Gradient
 from implicit.gradients.graph import leaves_of
 from implicit.per_solve import renew
@@ -133,8 +134,7 @@ def supervise(
         (torch.Size([3, 3]), torch.Size([4, 3]), 4)
     """
     _check(f, at, gradient, solver)
-    if isinstance(f, torch.nn.Module):
-        renew(f)
+    renew(f)
     given = [*pytree.tree_leaves(args), *parameters]
     sources = [
         t for t in dict.fromkeys(x for x in given if isinstance(x, Tensor)) if t.requires_grad
@@ -185,6 +185,7 @@ class _Walk:
             if n not in self.at:
                 return
             start = self._disturbed(before, after)
+            forget_casts(start.device)
             with torch.set_grad_enabled(tracked):
                 y = self.layout.unpack(self.gradient.attach(self.f, start.detach()))
                 result = self.loss(y, n)

@@ -31,9 +31,6 @@ except ImportError as error:
         "implicit.interop.torchdeq needs torchdeq, which is not installed: pip install torchdeq."
     ) from error
 
-_GIVEN = {"func", "x0", "max_iter", "tol", "stop_mode", "indexing"}
-"""What torchdeq itself gives to every solver."""
-
 
 def register(name: str, solver: Solver) -> None:
     """Let torchdeq find ``solver`` by ``name``, as ``f_solver`` and ``b_solver`` of ``get_deq``.
@@ -45,9 +42,9 @@ def register(name: str, solver: Solver) -> None:
       the last of them, so every residual that is reported was measured.
     - ``tol`` is tested sample by sample, on ``f(y) − y`` whatever the damping, from the start on.
       The answer is the first state within it, or the best if there is none.
-    - A sample whose answer is its start gets ``f`` of it: a backward solve, which starts from
-      zeros, then never gives less than the gradient of one step.  With ``b_stop_mode="rel"``
-      gradients do not depend on the scale of the loss at all.
+    - A sample whose answer is its start gets ``f`` of it.  So a backward solve, which starts from
+      zeros, never gives less than the gradient of one step; with ``b_stop_mode="rel"`` gradients
+      do not depend on the scale of the loss at all.
     - As many states come back as ``indexing`` asks for: state ``k`` is the one after ``k`` steps,
       or the answer for the samples that had ended by then.
     - Column ``k`` of the traces, of which there are ``max_iter + 1``, is the residual after ``k``
@@ -59,11 +56,10 @@ def register(name: str, solver: Solver) -> None:
         solver: `Anderson`, `Broyden`, `Naive`, or any other that has steps.
 
     Raises:
-        TypeError: if ``solver`` is no solver, or has no steps.  In a solve: for an unknown
-            setting, or a state that is a list (leave out ``no_stat``).
-        ValueError: in a solve, if ``stop_mode``, ``max_iter`` or ``indexing`` is out of range.
-        RuntimeError: in a backward pass that is to be differentiated again (``create_graph``),
-            where torchdeq would be wrong without a word.
+        TypeError: if ``solver`` is no solver or shows no steps; in a solve, for an unknown setting,
+            or a state that is a list (leave out ``no_stat``).
+        ValueError: in a solve, if an option is out of range, or ``tol`` out of reach of the dtype.
+        RuntimeError: in a backward pass with ``create_graph``, which would be silently wrong.
 
     Example:
         >>> import torch, torchdeq, implicit
@@ -73,7 +69,7 @@ def register(name: str, solver: Solver) -> None:
         >>> bool((statistics["abs_lowest"] < 1e-3).all())
         True
     """
-    choice: Any = _Recorder(solver).solver  # which refuses what is no solver or has no steps
+    _Recorder(solver)  # which refuses what is no solver, or shows no steps
 
     def solve(
         func: Callable[[Tensor], Tensor],
@@ -84,46 +80,26 @@ def register(name: str, solver: Solver) -> None:
         indexing: Sequence[int] | None = None,
         **settings: Any,
     ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-        if not isinstance(x0, Tensor):
-            raise TypeError(
-                f"{name}: the state is a {type(x0).__name__}, not a tensor. torchdeq joins several "
-                "tensors into one if no_stat is left out."
-            )
-        if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                f"{name}: torchdeq's implicit gradient cannot be differentiated again "
-                "(create_graph=True), the result would be wrong. Use "
-                "implicit.fixed_point(..., gradient=implicit.Implicit())."
-            )
-        if stop_mode not in ("abs", "rel"):
-            raise ValueError(f"{name}(stop_mode={stop_mode!r}): use 'abs' or 'rel'.")
-        check_count(name, "max_iter", max_iter)
         asked = list(indexing or ())
         path = sorted(set(asked))
-        check_positions("indexing", path, max_iter, f"max_iter={max_iter}")
-        if settings:
-            _refuse_unknown(name, settings, {setting.name for setting in fields(choice)})
-        recorder = _Recorder(replace(choice, **settings) if settings else solver)
+        _check(name, x0, max_iter, stop_mode, path)
+        recorder = _Recorder(_changed(name, solver, settings))
         # A tolerance of zero, torchdeq's way to ask for every step, ends at an exact solution.
         bound = tol or sys.float_info.min
         atol, rtol = (bound, 0.0) if stop_mode == "abs" else (0.0, bound)
-        # torchdeq may ask for more than half precision can reach, and takes the best there is.
-        half = x0.dtype in (torch.float16, torch.bfloat16)
-        start = x0.float() if half else x0
 
-        def f(y: Tensor) -> Tensor:
-            return func(y.to(x0.dtype)).to(y.dtype) if half else func(y)
+        def rows(flags: Tensor) -> Tensor:
+            return flags.reshape(-1, *[1] * (x0.dim() - 1))
 
         with torch.no_grad():
             stop = Tolerance(rtol, atol, max_iter)
-            found = fixed_point(f, start, solver=recorder, stop=stop, path=path)
+            found = fixed_point(func, x0, solver=recorder, stop=stop, path=path)
             value = found.value
-            unmoved = (value == start).reshape(len(start), -1).all(dim=1)
+            unmoved = (value == x0).reshape(len(x0), -1).all(dim=1)
             if unmoved.any():
-                value = torch.where(_as_rows(unmoved, start), f(start), value)
+                value = torch.where(rows(unmoved), func(x0), value)
         after = dict(zip(path, found.path, strict=True))
-        states = [torch.where(_as_rows(found.steps > k, value), after[k], value) for k in asked]
-        value, *states = (state.to(x0.dtype) for state in (value, *states))
+        states = [torch.where(rows(found.steps > k), after[k], value) for k in asked]
         return value, states, recorder.statistics(found, max_iter)
 
     _peer.register_solver(name, solve)
@@ -161,7 +137,8 @@ class TorchDEQ(WholeSolver):
             known = ", ".join(sorted(_peer._solvers))
             raise ValueError(f"TorchDEQ({name!r}): torchdeq has no such solver, but {known}.")
         named = inspect.signature(_peer.get_solver(name)).parameters.values()
-        accepted = {p.name for p in named if p.kind is not p.VAR_KEYWORD} - _GIVEN
+        accepted = {p.name for p in named if p.kind is not p.VAR_KEYWORD}
+        accepted -= {"func", "x0", "max_iter", "tol", "stop_mode", "indexing"}  # given by torchdeq
         _refuse_unknown(f"TorchDEQ({name!r})", options, accepted)
         self.name = name
         self.options = options
@@ -210,14 +187,34 @@ class _Recorder(Best):
         rows = [*self.seen, *[last] * (max_iter + 1 - len(self.seen))]
         absolute, relative = (torch.stack(column, dim=1) for column in zip(*rows, strict=True))
         best = absolute.nan_to_num(nan=torch.inf).argmin(dim=1)
-        statistics: dict[str, Tensor] = _peer.stat.SolverStat(
-            abs_lowest=last[0],
-            rel_lowest=last[1],
-            abs_trace=absolute,
-            rel_trace=relative,
-            nstep=torch.where(found.converged, found.steps, best),
+        figures = {"abs_trace": absolute, "rel_trace": relative}
+        figures |= {"abs_lowest": last[0], "rel_lowest": last[1]}
+        figures["nstep"] = torch.where(found.converged, found.steps, best).to(absolute.dtype)
+        return _peer.stat.SolverStat(figures)
+
+
+def _check(name: str, x0: Any, max_iter: Any, stop_mode: str, path: list[int]) -> None:
+    if not isinstance(x0, Tensor):
+        raise TypeError(
+            f"{name}: the state is a {type(x0).__name__}, not a tensor. torchdeq joins several "
+            "tensors into one if no_stat is left out."
         )
-        return statistics
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name}: torchdeq's gradient would be wrong if differentiated again "
+            "(create_graph=True). Use implicit.fixed_point(..., gradient=implicit.Implicit())."
+        )
+    if stop_mode not in ("abs", "rel"):
+        raise ValueError(f"{name}(stop_mode={stop_mode!r}): use 'abs' or 'rel'.")
+    check_count(name, "max_iter", max_iter)
+    check_positions("indexing", path, max_iter, f"max_iter={max_iter}")
+
+
+def _changed(name: str, solver: Any, settings: dict[str, Any]) -> Solver:
+    if settings:
+        _refuse_unknown(name, settings, {setting.name for setting in fields(solver)})
+        solver = replace(solver, **settings)
+    return solver
 
 
 def _refuse_unknown(owner: str, options: dict[str, Any], known: set[str]) -> None:
@@ -225,8 +222,3 @@ def _refuse_unknown(owner: str, options: dict[str, Any], known: set[str]) -> Non
         if option not in known:
             listed = ", ".join(sorted(known)) or "none"
             raise TypeError(f"{owner} has no option {option!r}, but {listed}.")
-
-
-def _as_rows(flags: Tensor, state: Tensor) -> Tensor:
-    """``flags (B,)`` with the dimensions of ``state (B, ...)``."""
-    return flags.reshape(-1, *[1] * (state.dim() - 1))
