@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from implicit.arguments import check_count
-from implicit.solvers.base import Solver
-from implicit.solvers.history import Pairs, SecantHistory
+from implicit.solvers.base import Solver, check_memory
+from implicit.solvers.history import ImagePairs, SecantHistory
 
 AGING = 100.0
 MOST_RIDGE = 1e-2
@@ -77,25 +77,28 @@ class Anderson(Solver):
     def init(self, y: Tensor) -> _Memory:
         return self._begin(SecantHistory.empty(y, self.memory, self.restart))
 
-    def resume(self, exported: Pairs, y: Tensor) -> _Memory:
+    def resume(self, exported: ImagePairs, y: Tensor) -> _Memory:
+        check_memory(self, exported, ImagePairs)
         history = SecantHistory.of(exported, y, self.memory, self.restart)
-        unit = history.basis * history.scale.unsqueeze(2)
+        lengths = torch.linalg.vector_norm(history.residuals, dim=2)
+        history.scale = torch.where(lengths > 0, 1 / lengths, 0)
+        unit = history.residuals * history.scale.unsqueeze(2)
         history.system = torch.bmm(unit, unit.mT)
         return self._begin(history)
 
-    def export(self, memory: _Memory) -> Pairs:
-        return memory.history.export()
+    def export(self, memory: _Memory) -> ImagePairs:
+        return ImagePairs(*memory.history.export())
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
         history = memory.history
         plain = fy if self.mixing == 1 else y.lerp(fy, self.mixing)
-        history.restart(r)
+        history.restart(torch.linalg.vector_norm(r.detach(), dim=1))
         target = self._update(history, history.push(r, plain))
         memory.taken += 1
         following = plain
         if target is not None and memory.taken % self.every == 0:
             self._regularise(memory)
-            following = history.mix(plain, history.weights(target), into=r)
+            following = history.mix(plain, history.weights(target), history.others, into=r)
         history.hold(plain)
         return following, memory
 
@@ -113,7 +116,7 @@ class Anderson(Solver):
         if not history.filled:
             return None
         slot = history.slot
-        products = torch.bmm(history.residual_and(1 + 2 * slot), history.basis.mT)
+        products = torch.bmm(history.residual_and_newest, history.residuals.mT)
         if pushed:
             own = history.measure(products.select(1, 1).narrow(1, slot, 1))
         target, column = (products * history.unit.unsqueeze(1)).unbind(1)

@@ -51,7 +51,12 @@ class Solver(ABC):
         return None
 
     def resume(self, exported: Any, y: Tensor) -> Any:
-        """The memory at the start of a solve that begins with what another one exported."""
+        """The memory at the start of a solve that begins with what another one exported.
+
+        Raises:
+            ValueError: if that is not what this solver exports.
+        """
+        check_memory(self, exported, type(None))
         return self.init(y)
 
     def begin(self, y: Tensor, f: Problem, exported: Any = None) -> Any:
@@ -71,6 +76,16 @@ class WholeSolver(Solver):
 
     def step(self, memory: Any, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Any]:
         raise TypeError(f"{self} runs as a whole and cannot be stepped.")
+
+
+def check_memory(solver: Solver, exported: Any, kind: type) -> None:
+    """Raise unless ``exported`` is what ``solver`` hands from one solve to the next."""
+    if not isinstance(exported, kind):
+        keeps = "no memory" if kind is type(None) else kind.__name__
+        raise ValueError(
+            f"memory: {solver} hands on {keeps} and was given {type(exported).__name__}. Pass the "
+            "solution.memory of a solve with the same solver, or memory=None."
+        )
 
 
 def take(memory: Any, rows: Tensor) -> Any:

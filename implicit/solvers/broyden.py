@@ -14,34 +14,50 @@ import torch
 from torch import Tensor
 
 from implicit.arguments import check_count
-from implicit.solvers.base import Solver
-from implicit.solvers.history import Pairs, SecantHistory
+from implicit.solvers.base import Solver, check_memory
+from implicit.solvers.history import PointPairs, SecantHistory
 from implicit.solvers.line_search import LineSearch
+
+WATCHED = 5
+"""The first evaluations, in which a step that is far too long is taken back."""
+FAR_TOO_LONG = 4.0
+"""Growth of the residual in one step that tells so."""
+SHORTEST = 0.01
+"""Least ratio of two steps from one point; it may have been the map that was wrong, for once."""
 
 
 @dataclass
 class _Memory:
     history: SecantHistory
     blank: Tensor  # (B, m, m): the identity, which is the system of no pairs
+    length: Tensor  # (B,): of the last residual
+    damping: Tensor  # (B,): λ
     search: LineSearch | None
+    taken: int = 0
 
 
 @dataclass(frozen=True)
 class Broyden(Solver):
-    """Quasi-Newton steps on ``F(y) = y − f(y)`` from ``B₀ = I``.
+    """Quasi-Newton steps on ``F(y) = λ (y − f(y))`` from ``B₀ = I``.
 
-    With the last pairs ``S = ΔY`` and ``Y = −ΔR``, the matrix that Broyden's good update would
-    have built from the identity is ``B = I + (Y − S) N⁻¹ Sᵀ`` with ``N`` the upper triangle of
-    ``SᵀS`` in order of time.  Its inverse is applied by the Woodbury identity,
-    ``B⁻¹r = r − (Y − S) (SᵀY − L)⁻¹ Sᵀr`` with ``L`` the strict lower triangle of ``SᵀS``.  When
-    the memory is full the oldest pair is dropped from that *form*, so what remains is again a
-    Broyden matrix; overwriting rank-one terms in a circle, as is often done, is not, and diverges.
+    With the last pairs, of points ``S`` and of residuals ``R = −ΔF``, the matrix that Broyden's
+    good update would have built from the identity is ``B = I − (R + S) N⁻¹ Sᵀ`` with ``N`` the
+    upper triangle of ``SᵀS`` in order of time.  By the Woodbury identity the step is
+    ``−B⁻¹F = r − (R + S) (SᵀR + L)⁻¹ Sᵀr`` with ``r = −F`` and ``L`` the strict lower triangle of
+    ``SᵀS``.  When the memory is full the oldest pair is dropped from that *form*, so what remains
+    is again a Broyden matrix; overwriting rank-one terms in a circle, as is often done, is not,
+    and diverges.
+
+    ``λ`` is 1 unless one of the first steps of a sample multiplies its residual.  That step is
+    taken back, and ``λ`` becomes the distance that was gone over the change of the residual, so
+    that ``B₀`` is of the size of the Jacobian.
 
     Args:
         memory: pairs kept, ``m ≥ 1``.
         restart: growth of the residual over its best value that makes a sample begin again.
-        line_search: halve the step of a sample, up to eight times, while its residual does not
-            fall.  Each trial is a solver step and one evaluation of ``f``.
+        line_search: halve the step of a sample, up to eight times, while its residual is not
+            below an average of those before.  Each trial is a solver step and one evaluation of
+            ``f``.
 
     Example:
         >>> import torch, implicit
@@ -53,7 +69,7 @@ class Broyden(Solver):
     """
 
     memory: int = 20
-    restart: float = 1e3
+    restart: float = 100.0
     line_search: bool = False
 
     def __post_init__(self) -> None:
@@ -64,61 +80,92 @@ class Broyden(Solver):
     def init(self, y: Tensor) -> _Memory:
         return self._begin(SecantHistory.empty(y, self.memory, self.restart), y)
 
-    def resume(self, exported: Pairs, y: Tensor) -> _Memory:
+    def resume(self, exported: PointPairs, y: Tensor) -> _Memory:
+        check_memory(self, exported, PointPairs)
         history = SecantHistory.of(exported, y, self.memory, self.restart)
-        unit, moves = (x * history.scale.unsqueeze(2) for x in (history.basis, history.moves))
+        lengths = torch.linalg.vector_norm(history.others, dim=2)
+        history.scale = torch.where(lengths > 0, 1 / lengths, 0)
+        scale = history.scale.unsqueeze(2)
+        unit, changes = history.others * scale, history.residuals * scale
         # Slots are in order of time here, so that is what the triangle is of.
-        history.system = torch.bmm(unit, moves.mT) - torch.bmm(unit, unit.mT).triu()
+        history.system = torch.bmm(unit, changes.mT) + torch.bmm(unit, unit.mT).tril(-1)
         history.system.diagonal(dim1=1, dim2=2).add_((history.scale == 0).to(y.dtype))
         return self._begin(history, y)
 
-    def export(self, memory: _Memory) -> Pairs:
-        return memory.history.export()
+    def export(self, memory: _Memory) -> PointPairs:
+        residuals, points = memory.history.export()
+        # The next solve begins with λ = 1.
+        return PointPairs(residuals / memory.damping.view(-1, 1, 1), points)
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
-        history = memory.history
-        kept = history.restart(r).view(-1, 1, 1)
+        history, search = memory.history, memory.search
+        memory.taken += 1
+        memory.length, last = torch.linalg.vector_norm(r.detach(), dim=1), memory.length
+        kept = history.restart(memory.length)
         # What is left of a system that has failed could still be singular.
-        history.system = torch.where(kept, history.system, memory.blank)
-        length = torch.linalg.vector_norm(r.detach(), dim=1) if memory.search else None
-        following = self._quasi_newton(history, y, fy, r)
-        if memory.search is not None and length is not None:
-            accepted = memory.search.accepts(length)
-            following = memory.search.next(accepted, y, length, following - y)
+        history.system = torch.where(kept.view(-1, 1, 1), history.system, memory.blank)
+        following = self._quasi_newton(memory, y, r)
+        if search is not None:
+            accepted = search.accepts(memory.length)
+            following = search.next(accepted, y, memory.length, following - y)
+        elif history.filled and memory.taken <= WATCHED:
+            following = self._take_back(memory, following, last)
         return following, memory
 
     def _begin(self, history: SecantHistory, y: Tensor) -> _Memory:
         blank = torch.eye(self.memory, dtype=y.dtype, device=y.device).expand(y.shape[0], -1, -1)
-        return _Memory(history, blank, LineSearch.at(y) if self.line_search else None)
+        one = torch.ones_like(history.limit)
+        return _Memory(history, blank, one, one, LineSearch.at(y) if self.line_search else None)
 
-    def _quasi_newton(self, history: SecantHistory, y: Tensor, fy: Tensor, r: Tensor) -> Tensor:
-        pushed = history.push(r, fy, y)
-        following = fy
+    def _quasi_newton(self, memory: _Memory, y: Tensor, r: Tensor) -> Tensor:
+        history = memory.history
+        r = r.mul_(memory.damping.unsqueeze(1))
+        pushed = history.push(r, y)
+        following = r.add_(y)
         if history.filled:
-            target = self._update(history, pushed)
-            following = history.mix(fy, history.weights(target), into=r)
-        history.hold(fy, y)
+            weights = history.weights(self._update(history, pushed))
+            rows = history.rows[:, 1 : 2 * history.filled + 1]
+            both = weights.repeat_interleave(2, dim=1)
+            following = history.mix(following, both, rows, into=following)
+        history.hold(y)
         return following
 
     @staticmethod
     def _update(history: SecantHistory, pushed: bool) -> Tensor:
-        """Put the newest pair into ``L − SᵀY``; ``Sᵀr (B, n)``, for pairs of unit length.
+        """Put the newest pair into ``SᵀΔR + L``; ``Sᵀr (B, n)``, for pairs of unit length.
 
-        With ``ΔF = S − Y`` the matrix is ``SᵀΔF`` less the upper triangle of ``SᵀS`` in order of
-        time.  No pair is younger than the newest, so only its column has a part of ``SᵀS``.
+        No pair is younger than the newest, so only its row has a part of ``L``.
         """
-        n, slot = history.filled, history.slot
-        rows = history.residual_and(2 + 2 * slot)
-        residual_and_move = torch.bmm(rows, history.basis.mT)
+        residual_and_newest = torch.bmm(history.residual_and_newest, history.others.mT)
         if not pushed:
-            return residual_and_move.select(1, 0) * history.scale
-        newest = history.rows.select(1, 1 + 2 * slot).unsqueeze(1)
-        with_all = torch.bmm(newest, history.rows[:, 1 : 2 * n + 1].mT).squeeze(1)
-        squares, moved = with_all[:, ::2], with_all[:, 1::2]
-        own = history.measure(squares.narrow(1, slot, 1))
+            return residual_and_newest.select(1, 0) * history.scale
+        slot, n = history.slot, history.filled
+        newest = history.rows.select(1, 2 + 2 * slot).unsqueeze(1)
+        with_all = torch.bmm(newest, history.rows[:, 1 : 2 * n + 1].mT).view(-1, n, 2)
+        own = history.measure(with_all.select(2, 1).narrow(1, slot, 1))
         scale, equations = history.unit, history.equations
-        target, column = (residual_and_move * scale.unsqueeze(1)).unbind(1)
-        scale = scale * own
-        equations.select(1, slot).copy_(moved * scale)
-        equations.select(2, slot).copy_(torch.addcmul(column * own, squares, scale, value=-1))
+        target, column = (residual_and_newest * scale.unsqueeze(1)).unbind(1)
+        equations.select(1, slot).copy_(with_all.sum(dim=2) * scale * own)
+        equations.select(2, slot).copy_(column * own)
         return target
+
+    @staticmethod
+    def _take_back(memory: _Memory, following: Tensor, last: Tensor) -> Tensor:
+        """Another step from where the last one began, for samples where that was far too long."""
+        history = memory.history
+        failed = memory.length > FAR_TOO_LONG * last
+        rows, slot = failed.unsqueeze(1).to(following.dtype), history.slot
+        change, gone = history.rows.select(1, 1 + 2 * slot), history.rows.select(1, 2 + 2 * slot)
+        norms = [torch.linalg.vector_norm(x.detach(), dim=1) for x in (gone, change)]
+        shorter = torch.where(failed, (norms[0] / norms[1]).clamp(SHORTEST, 1), 1)
+        residual = history.rows.select(1, 0)
+        history.held.addcmul_(rows, gone)
+        residual.addcmul_(rows, change).mul_(shorter.unsqueeze(1))
+        memory.damping = memory.damping * shorter
+        memory.length = torch.where(failed, last, memory.length)
+        history.limit = torch.where(failed, last * history.growth, history.limit)
+        history.scale = history.scale.masked_fill(failed.unsqueeze(1), 0)
+        history.system = torch.where(failed.view(-1, 1, 1), memory.blank, history.system)
+        # In place, and never by multiplication with what may have overflowed.
+        following.masked_fill_(failed.unsqueeze(1), 0)
+        return following.addcmul_(rows, history.held).addcmul_(rows, residual)

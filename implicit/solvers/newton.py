@@ -16,7 +16,7 @@ from torch import Tensor
 
 from implicit.arguments import check_count
 from implicit.krylov import gmres
-from implicit.solvers.base import Solver
+from implicit.solvers.base import Solver, check_memory
 from implicit.solvers.line_search import LineSearch
 
 
@@ -64,6 +64,7 @@ class NewtonKrylov(Solver):
         raise TypeError("NewtonKrylov needs the map itself: begin(y, f).")
 
     def begin(self, y: Tensor, f: Any, exported: Any = None) -> _Memory:
+        check_memory(self, exported, type(None))
         return _Memory(LineSearch.at(y), f)
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:

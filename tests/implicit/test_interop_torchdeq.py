@@ -6,7 +6,10 @@ gradient of ``⟨c, y*⟩`` is ``c (I − A)⁻ᵀ`` for ``x`` and ``y*ᵀ`` tim
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,6 +156,14 @@ def test_a_loss_below_the_absolute_tolerance_still_has_the_gradient_of_one_step(
     torch.testing.assert_close(w.grad, torch.tensor(2e-9, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
+def test_a_gradient_that_is_not_finite_is_not_hidden() -> None:
+    """A gradient scaler looks for it."""
+    w = torch.tensor([[0.5], [0.5]], dtype=torch.float64, requires_grad=True)
+    states, _ = deq_of(Anderson(), ift=True)(lambda y: w * y + 1, torch.zeros(2, 1).double())
+    (torch.tensor([[1.0], [torch.nan]]) * states[-1]).sum().backward()
+    assert torch.isfinite(w.grad).flatten().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("tau", [1.0, 0.6])
 def test_unrolled_gradients_agree_with_ours(k: int, tau: float) -> None:
@@ -248,14 +259,32 @@ def test_statistics_are_those_of_torchdeq_in_kind() -> None:
         assert ours[name].shape == figure.shape and ours[name].dtype == figure.dtype, name
 
 
-def test_a_sample_that_diverges_ends_at_its_best_and_harms_nobody() -> None:
+@pytest.mark.parametrize("limit", [torch.inf, 1e3], ids=["grows", "breaks"])
+def test_a_sample_that_diverges_ends_at_its_best_and_harms_nobody(limit: float) -> None:
     rates = torch.tensor([[3.0], [0.5]], dtype=torch.float64)
-    deq = deq_of(Naive(), core="indexing", indexing=[5], f_max_iter=2000, f_tol=1e-9)
+    deq = deq_of(Naive(), core="indexing", indexing=[5], f_max_iter=40, f_tol=1e-9)
     start = torch.full((2, 1), 0.1, dtype=torch.float64)
-    states, figures = deq(lambda y: rates * y, start)
+    states, figures = deq(lambda y: torch.where(y > limit, torch.nan, rates * y), start)
     assert all(torch.isfinite(state).all() for state in states)
     torch.testing.assert_close(states[-1], rates * torch.tensor([[0.3], [0.0]]).double())
     assert figures["nstep"].tolist() == [0, 26] and figures["abs_lowest"][1] <= 1e-9
+
+
+def test_the_step_of_the_answer_is_told_though_its_residual_grew() -> None:
+    """``y ← 1.1 y + 1`` from zero: the residual is ``1.1ᵏ``, less and less beside the state."""
+    deq = deq_of(Naive(), f_stop_mode="rel", f_tol=0.2).eval()
+    _, figures = deq(lambda y: 1.1 * y + 1, torch.zeros(1, 1, dtype=torch.float64))
+    steps = int(figures["nstep"])
+    assert 0.1 * 1.1**steps <= 0.2 * (1.1 ** (steps + 1) - 1) and steps == 6
+    assert figures["abs_lowest"].item() == pytest.approx(1.1**6)
+
+
+def test_nothing_is_kept_for_a_backward_pass() -> None:
+    w = torch.tensor(0.5, requires_grad=True)
+    register("ours", Naive())
+    solve = torchdeq.solver.get_solver("ours")
+    value, states, figures = solve(lambda y: w * y + 1, torch.zeros(1, 1), indexing=[2])
+    assert not any(x.requires_grad for x in (value, *states, *figures.values()))
 
 
 def test_options_of_one_call() -> None:
@@ -313,8 +342,8 @@ def test_bad_options_of_a_solve(options: dict[str, Any], error: Any, match: str)
 )
 def test_what_cannot_be_registered(solver: Any, match: str) -> None:
     with pytest.raises(TypeError, match=match):
-        register("ours", solver)
-    assert "ours" not in torchdeq.solver._solvers
+        register("refused", solver)
+    assert "refused" not in torchdeq.solver._solvers
 
 
 # -- torchdeq's solvers in fixed_point -----------------------------------------------------------
@@ -341,6 +370,8 @@ def test_their_answer_is_judged_by_our_measure(name: str, stop: Any) -> None:
     residual = torch.linalg.vector_norm(image - found.value, dim=1)
     torch.testing.assert_close(found.residual, residual)
     assert found.converged.all() == isinstance(stop, Tolerance)
+    if name != "simple_fixed_point_iter":  # which tests nothing
+        assert (int(found.evaluations[0]) > 300) == isinstance(stop, Steps)
 
 
 def test_their_word_is_not_taken() -> None:
@@ -483,3 +514,42 @@ def test_torchdeq_is_imported_where_it_is_wanted_only() -> None:
         "    print(error)"
     )
     assert "needs torchdeq, which is not installed: pip install torchdeq" in out
+
+
+# -- the page for those who come from torchdeq ---------------------------------------------------
+
+
+def options_of_torchdeq() -> set[str]:
+    """Every public function and class, and every option that one of them takes."""
+    parser = argparse.ArgumentParser()
+    torchdeq.add_deq_args(parser)
+    found = {action.dest for action in parser._actions} - {"help"}
+    functions: list[Any] = [torchdeq.solver.get_solver(name) for name in THEIRS]
+    functions += [torchdeq.core.DEQBase.__init__, torchdeq.core.DEQBase.forward]
+    functions += [torchdeq.core.DEQIndexing.__init__, torchdeq.core.DEQSliced.__init__]
+    functions += [torchdeq.apply_norm, torchdeq.mem_gc, torchdeq.fp_correction, torchdeq.jac_reg]
+    functions += [kind.apply for kind in torchdeq.norm.base_norm._norm_class.values()]
+    for function in functions:
+        found |= set(inspect.signature(function).parameters)
+    found |= {name for name in dir(torchdeq) if callable(getattr(torchdeq, name))}
+    own = {"self", "args", "kwargs", "norm_kwargs", "deq_args", "func", "x0", "model", "module"}
+    # Of a solver, where the layer's f_max_iter, b_max_iter and so on end; and what stays itself.
+    return found - own - {"max_iter", "tol", "stop_mode", "eps", "f0", "z0", "crit", "in_args"}
+
+
+def test_the_page_maps_every_option() -> None:
+    root = Path(implicit.__file__).parents[1]
+    text = (root / "docs" / "coming-from-torchdeq.md").read_text(encoding="utf-8")
+    tables = " ".join(line for line in text.splitlines() if line.startswith("|"))
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", tables))))
+    assert options_of_torchdeq() - named == set()
+
+
+def test_every_name_on_the_page_is_one_of_ours() -> None:
+    root = Path(implicit.__file__).parents[1]
+    text = (root / "docs" / "coming-from-torchdeq.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]*) \| ([^|]*) \|.*$", text, flags=re.MULTILINE)
+    called = {name for _, ours in rows for name in re.findall(r"`(\w+)\(", ours)}
+    assert len(called) > 15
+    elsewhere = {"f", "loss", "range", "backward", "report", "raise_for_status"}
+    assert {name for name in called - elsewhere if not hasattr(implicit, name)} == set()
