@@ -92,8 +92,9 @@ def fixed_point(
     if isinstance(solver, WholeSolver) and (path or trace or memory or keep_memory):
         raise ValueError(f"{solver} shows only its answer: no path, no trace and no memory.")
     renew(f)
-    most = stop.n if isinstance(stop, Steps) else stop.max_steps
-    check_positions("path", path, most, f"what {stop} allows")
+    if path:
+        most = stop.n if isinstance(stop, Steps) else stop.max_steps
+        check_positions("path", path, most, f"what {stop} allows")
     layout = Layout(y0)
     flat = FlatMap(f, layout, args, has_aux, select)
     start = layout.pack(y0)
@@ -119,7 +120,11 @@ def fixed_point(
     if not gradient.tracks_path and (torch.is_grad_enabled() or is_pushing_forward()):
         value = value.detach()
         recorded = (adjoints,) if isinstance(gradient, AdjointGradient) else ()
-        value = _WithGradientOf.apply(gradient.attach(flat, value, *recorded), value)
+        attached = gradient.attach(flat, value, *recorded)
+        if torch.compiler.is_compiling():  # which knows no forward mode of our own
+            value = value + (attached - attached.detach())
+        else:
+            value = _WithGradientOf.apply(attached, value)
     if layout.narrows:  # what float32 can hold may overflow in the dtype of the state
         finite = torch.isfinite(layout.pack(layout.unpack(value.detach()))).all(dim=1)
         outcome.status = torch.where(finite, outcome.status, Status.DIVERGED)

@@ -24,6 +24,11 @@ class Status(enum.IntEnum):
     DIVERGED = 2
     """The residual is not finite, or more than ten times what it was at the start."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> Status | None:
+        """``Status(solution.status[0])`` is what one would write."""
+        return cls(int(value)) if isinstance(value, Tensor) and value.numel() == 1 else None
+
 
 _REMEDIES = {
     Status.STOPPED: (
@@ -65,8 +70,8 @@ class Solution:
         evaluations: ``(B,)`` int64, evaluations of ``f`` each sample needed (gradient excluded).
         residual: ``(B,)``, ``‖f(y) − y‖`` in the norm of the stop.
         relative_residual: ``(B,)``, the residual over ``‖f(y)‖``.
-        path: the states at the positions asked for, detached; as many as were asked for, and the
-            last is the answer where the solve ended early.
+        path: the states at the positions asked for, detached (with `BPTT`: in the graph); as many
+            as were asked for, and the last is the answer where the solve ended early.
         trace: ``(evaluations, B)`` relative residual at every evaluation, if it was asked for;
             NaN where a sample had already stopped.
         memory: what the solver learnt, for the next solve, if it was asked for.

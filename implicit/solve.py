@@ -74,7 +74,7 @@ def solve(
 
     def visit(n: int, before: Tensor, after: Tensor) -> None:
         if n in path:
-            states.append(after.detach())
+            states.append(after)
 
     outcome = iterate(
         problem, y0, solver, stop.n, visit=visit, trace=trace, memory=memory, keep=keep_memory
@@ -234,7 +234,7 @@ class _Run:
             y = proposed if self.all_active else torch.where(_rows(samples.active), proposed, y)
             samples.y = y
             if n + 1 in path:
-                self.states[n + 1] = self._whole(lambda s: s.y).detach()
+                self.states[n + 1] = self._whole(lambda s: s.y)
 
     def _test(self, n: int, fy: Tensor, r: Tensor, trace: bool) -> Tensor | None:
         """Test every sample; which are not done, on the host, if it was time to look.
@@ -312,7 +312,7 @@ class _Run:
             residual,
             relative,
             self.traced,
-            [self.states.get(n, y.detach()) for n in path],
+            [self.states.get(n, y) for n in path],
             self._exported() if keep_memory else None,
         )
 

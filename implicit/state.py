@@ -162,6 +162,12 @@ class FlatMap:
         # Kept, because later evaluations (in the backward pass) are to be like the first.
         self.autocast = autocast_dtype(layout.device)
 
+    @property
+    def eps(self) -> float:
+        """Machine epsilon of the narrowest dtype that ``f`` is known to compute in."""
+        narrow = 0.0 if self.autocast is None else torch.finfo(self.autocast).eps
+        return max(self.layout.eps, narrow)
+
     def __call__(self, flat: Tensor) -> Tensor:
         if self.autocast is None:
             return self._image(flat)

@@ -34,11 +34,25 @@ def derivatives() -> int:
     return sum(kind != _functorch.TransformType.Vmap for kind in kinds)
 
 
+def is_mapped(x: Tensor) -> bool:
+    """Whether ``x`` is one of many under `torch.func.vmap`."""
+    while is_wrapped(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass is going on."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def on_host(flags: Tensor) -> Tensor | None:
     """``flags`` on the host, for which it waits for the device; None under vmap."""
+    if is_mapped(flags):
+        return None
     while is_wrapped(flags):
-        if _functorch.is_batchedtensor(flags):
-            return None
         flags = _functorch.get_unwrapped(flags)
     return flags.cpu()
 

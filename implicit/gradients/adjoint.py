@@ -29,8 +29,9 @@ from implicit.problem import Problem
 from implicit.solution import Adjoint
 from implicit.solve import solve
 from implicit.solvers import Anderson, Solver
+from implicit.state import FlatMap
 from implicit.stopping import Steps, Stop, Tolerance
-from implicit.transforms import is_wrapped
+from implicit.transforms import is_mapped, is_wrapped
 
 
 class ConvergenceWarning(UserWarning):
@@ -45,13 +46,18 @@ class AdjointGradient(Gradient):
     """Whether the gradient is the derivative of a function, and so can be differentiated."""
 
     @abstractmethod
-    def inverse(self, product: Map, v: Tensor) -> tuple[Tensor, Adjoint]:
-        """``(I − A)⁻¹ v (B, D)``, or what stands for it, given ``product(w) = A w``."""
+    def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
+        """``(I − A)⁻¹ v (B, D)``, or what stands for it, given ``product(w) = A w``.
+
+        ``eps`` is the machine epsilon that products are computed with.
+        """
 
     def attach(self, f: Map, value: Tensor, record: list[Adjoint] | None = None) -> Tensor:
+        eps = f.eps if isinstance(f, FlatMap) else 0.0
+
         def solved(product: Map, v: Tensor) -> Tensor:
             with full_precision(v.device):
-                w, figures = self.inverse(product, v)
+                w, figures = self.inverse(product, v, eps)
             if record is not None:
                 record.append(figures)
             return w
@@ -73,7 +79,7 @@ class Neumann(AdjointGradient):
     def __post_init__(self) -> None:
         check_count("Neumann", "k", self.k)
 
-    def inverse(self, product: Map, v: Tensor) -> tuple[Tensor, Adjoint]:
+    def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
         term = total = v
         for _ in range(self.k - 1):
             term = product(term)
@@ -86,14 +92,16 @@ class Neumann(AdjointGradient):
 class Implicit(AdjointGradient):
     """Implicit differentiation: solves ``w = v + Jᵀw`` with a solver of this library (Eq. 8).
 
-    The tolerance is relative, so a loss and the same loss times 1e-8 get the same gradient but
-    for that factor.  A `ConvergenceWarning` tells when the steps did not suffice, and
-    ``solution.adjoints`` holds the figures of each backward solve.  It can be differentiated
-    again (``create_graph=True``), in forward mode, and under the transforms of `torch.func`.
+    The tolerance, the absolute one as well, is in units of the incoming gradient, so a loss and
+    the same loss times 1e-8 get the same gradient but for that factor.  A `ConvergenceWarning`
+    tells when the steps did not suffice, and ``solution.adjoints`` holds the figures of each
+    backward solve.  It can be differentiated again (``create_graph=True``), in forward mode, and
+    under the transforms of `torch.func`.
 
     Args:
         solver: for the linear system.
-        stop: its end; by default ``rtol`` 1e-9 in float64 and 1e-5 below, 200 steps at most.
+        stop: its end; by default ``rtol`` 1e-9 in float64 and 1e-5 below, but never less than
+            twice the machine epsilon of what ``f`` computes in (autocast, too); 200 steps at most.
 
     Example:
         >>> import torch, implicit
@@ -117,16 +125,20 @@ class Implicit(AdjointGradient):
         if self.stop is not None:
             check_kind("stop", self.stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-6)")
 
-    def inverse(self, product: Map, v: Tensor) -> tuple[Tensor, Adjoint]:
+    def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
         stop = self.stop
         if stop is None:
-            rtol = 1e-9 if v.dtype == torch.float64 else 1e-5
+            rtol = max(1e-9 if v.dtype == torch.float64 else 1e-5, 2 * eps)
             stop = Tolerance(rtol=rtol, atol=0.0, max_steps=200)
-        linear = Problem(lambda w: v + product(w), product=lambda w, u: product(u))
-        outcome = solve(linear, v, self.solver, stop)
+        # In units of the incoming gradient, so that an absolute tolerance is relative to it too.
+        size = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        size = torch.where((size > 0) & torch.isfinite(size), size, 1)
+        unit = v / size
+        linear = Problem(lambda w: unit + product(w), product=lambda w, u: product(u))
+        outcome = solve(linear, unit, self.solver, stop)
         if isinstance(stop, Tolerance):
             _warn("Implicit", outcome.status != 0, outcome.relative_residual)
-        return outcome.value, Adjoint(outcome.evaluations, outcome.relative_residual)
+        return outcome.value * size, Adjoint(outcome.evaluations, outcome.relative_residual)
 
 
 @dataclass(frozen=True)
@@ -166,7 +178,12 @@ class Auto(AdjointGradient):
         check_count("Auto", "terms", self.terms)
         check_count("Auto", "krylov", self.krylov)
 
-    def inverse(self, product: Map, v: Tensor) -> tuple[Tensor, Adjoint]:
+    def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
+        if is_mapped(v):
+            raise RuntimeError(
+                "Auto looks at its error to know when to end, which it cannot under "
+                "torch.func.vmap: use Implicit, Neumann or RAG there."
+            )
         term = total = v
         length = torch.linalg.vector_norm(v, dim=1)
         ratio = torch.full_like(length, torch.inf)

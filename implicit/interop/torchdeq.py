@@ -23,6 +23,7 @@ from implicit.fixed_point import fixed_point
 from implicit.solution import Solution
 from implicit.solvers import Best, Solver, WholeSolver
 from implicit.stopping import Steps, Stop, Tolerance
+from implicit.transforms import is_in_backward
 
 try:
     _peer: Any = import_module("torchdeq.solver")
@@ -199,7 +200,7 @@ def _check(name: str, x0: Any, max_iter: Any, stop_mode: str, path: list[int]) -
             f"{name}: the state is a {type(x0).__name__}, not a tensor. torchdeq joins several "
             "tensors into one if no_stat is left out."
         )
-    if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+    if torch.is_grad_enabled() and is_in_backward():
         raise RuntimeError(
             f"{name}: torchdeq's gradient would be wrong if differentiated again "
             "(create_graph=True). Use implicit.fixed_point(..., gradient=implicit.Implicit())."

@@ -761,3 +761,70 @@ def test_choices_of_implicit_are_checked_where_they_are_made(options: dict[str, 
     (name,) = options
     with pytest.raises(TypeError, match=rf"{name}=.*is not a {name}: pass an object such as"):
         Implicit(**options)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-8, 1e-30])
+@pytest.mark.parametrize("stop", [Tolerance(rtol=1e-9), Tolerance(rtol=0.0, atol=1e-9)], ids=repr)
+def test_a_tolerance_of_the_caller_is_in_units_of_the_incoming_gradient(
+    scale: float, stop: Tolerance
+) -> None:
+    a = torch.tensor([0.5, -0.3, 0.8], dtype=torch.float64, requires_grad=True)
+    solution = fixed_point(
+        lambda y: a * y + 1,
+        torch.zeros(2, 3, dtype=torch.float64),
+        stop=Tolerance(rtol=1e-13, atol=0.0, max_steps=100),
+        gradient=Implicit(stop=stop),
+    )
+    (found,) = torch.autograd.grad(scale * solution.value.sum(), a)
+    torch.testing.assert_close(found, scale * 2 / (1 - a.detach()) ** 2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_settles_for_what_its_products_can_express(dtype: torch.dtype) -> None:
+    """Without a `ConvergenceWarning`, which would be an error here, and in few products."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(0.15 * torch.randn(8, 8, dtype=torch.float64).to(dtype))
+    solution = fixed_point(lambda y: torch.tanh(y @ weight + 1), torch.zeros(4, 8, dtype=dtype))
+    solution.value.float().sum().backward()
+    assert int(solution.adjoints[0].products.max()) <= 12
+
+
+def test_a_path_under_bptt_is_in_the_graph() -> None:
+    """``yₙ = Σ_{i<n} aⁱ``, whose derivative every state on the path has."""
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    y0 = torch.zeros(1, 1, dtype=torch.float64)
+    for stop in (Steps(4), Tolerance(rtol=1e-15, atol=0.0, max_steps=4)):
+        solution = fixed_point(
+            lambda y: a * y + 1, y0, solver=Naive(), stop=stop, gradient=BPTT(), path=(2, 3, 4)
+        )
+        slopes = [torch.autograd.grad(y, a, retain_graph=True)[0].item() for y in solution.path]
+        assert slopes == pytest.approx([1, 2, 2.75])
+
+
+def test_auto_says_what_to_use_where_it_cannot_look() -> None:
+    def slope(a: Tensor) -> Tensor:
+        y0 = torch.zeros(1, 1, dtype=torch.float64)
+        return fixed_point(lambda y: a * y + 1, y0, gradient=implicit.Auto()).value.sum()
+
+    with pytest.raises(RuntimeError, match=r"use Implicit, Neumann or RAG"):
+        torch.func.vmap(torch.func.grad(slope))(torch.tensor([0.1, 0.2], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gradient", [JFB(), RAG(3), implicit.Phantom(2, 0.5)], ids=repr)
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler, as it loads
+def test_unrolled_gradients_compile_whole(gradient: Gradient) -> None:
+    weight = torch.randn(3, 3, dtype=torch.float64, generator=torch.manual_seed(0)) / 4
+    weight.requires_grad_()
+
+    def value(x: Tensor) -> Tensor:
+        return fixed_point(
+            lambda y: torch.tanh(y @ weight + x),
+            torch.zeros_like(x),
+            stop=Steps(6),
+            gradient=gradient,
+        ).value
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    compiled = torch.compile(value, fullgraph=True, backend="eager")
+    gradients = [torch.autograd.grad(f(x).sum(), weight)[0] for f in (compiled, value)]
+    torch.testing.assert_close(*gradients)

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import implicit
-from implicit import Anderson, Broyden, Naive, Status, Steps, Tolerance, fixed_point
+from implicit import (
+    Anderson,
+    Broyden,
+    Naive,
+    NewtonKrylov,
+    Status,
+    Steps,
+    Tolerance,
+    fixed_point,
+)
 
 ALL = [Naive(), Naive(0.7), Anderson(), Anderson(memory=1), Broyden(), Broyden(memory=1)]
 SECANT = [Anderson(), Anderson(memory=1), Anderson(mixing=0.7), Broyden(), Broyden(memory=2)]
@@ -754,3 +763,44 @@ def test_a_fixed_step_solve_compiles_whole(solver: implicit.Solver) -> None:
     with torch.no_grad():
         compiled = torch.compile(value, fullgraph=True, backend="eager")(x)
         torch.testing.assert_close(compiled, value(x))
+
+
+def test_broyden_takes_back_a_first_step_that_is_far_too_long() -> None:
+    """``f(y) = 10 c − 9 y``: the plain step leads ten times too far, and a tenth of it to ``c``."""
+    c = random(2, 5, seed=4)
+    y0 = torch.zeros_like(c)
+    with torch.no_grad():
+        found = fixed_point(lambda y: 10 * c - 9 * y, y0, solver=Broyden(), stop=Steps(2)).value
+    torch.testing.assert_close(found, c, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("radius", [0.5, 30.0])
+def test_steps_taken_back_are_differentiated_as_they_were_taken(radius: float) -> None:
+    x = random(2, 3, seed=5).requires_grad_()
+
+    def path(x: Tensor) -> Tensor:
+        return fixed_point(
+            lambda y: x.sin() - radius * y + 0.1 * y.cos(),
+            torch.zeros_like(x),
+            solver=Broyden(memory=4),
+            stop=Steps(7),
+            gradient=implicit.BPTT(),
+        ).value
+
+    value = path(x)
+    (found,) = torch.autograd.grad(value.sum(), x)
+    # The path has settled, so its derivative is that of the solution.
+    slope = x.cos() / (1 + radius + 0.1 * value.sin())
+    torch.testing.assert_close(found, slope.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", [Anderson(), Broyden(), NewtonKrylov(), Naive()], ids=repr)
+@pytest.mark.parametrize("to", [Anderson(), Broyden(), NewtonKrylov(), Naive()], ids=repr)
+def test_memory_of_another_solver_is_refused(of: implicit.Solver, to: implicit.Solver) -> None:
+    y0 = torch.ones(2, 3, dtype=torch.float64)
+    memory = fixed_point(torch.cos, y0, solver=of, keep_memory=True).memory
+    if memory is None or type(of) is type(to):
+        assert bool(fixed_point(torch.cos, y0, solver=to, memory=memory).converged.all())
+    else:
+        with pytest.raises(ValueError, match="same solver"):
+            fixed_point(torch.cos, y0, solver=to, memory=memory)
