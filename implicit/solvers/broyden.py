@@ -125,7 +125,7 @@ class Broyden(Solver):
         if history.filled:
             weights = history.weights(self._update(history, pushed))
             rows = history.rows[:, 1 : 2 * history.filled + 1]
-            both = weights.repeat_interleave(2, dim=1)
+            both = torch.stack((weights, weights), dim=2).flatten(1)
             following = history.mix(following, both, rows, into=following)
         history.hold(y)
         return following
@@ -140,7 +140,7 @@ class Broyden(Solver):
         if not pushed:
             return residual_and_newest.select(1, 0) * history.scale
         slot, n = history.slot, history.filled
-        newest = history.rows.select(1, 2 + 2 * slot).unsqueeze(1)
+        newest = history.row(2 + 2 * slot).unsqueeze(1)
         with_all = torch.bmm(newest, history.rows[:, 1 : 2 * n + 1].mT).view(-1, n, 2)
         own = history.measure(with_all.select(2, 1).narrow(1, slot, 1))
         scale, equations = history.unit, history.equations
@@ -155,10 +155,10 @@ class Broyden(Solver):
         history = memory.history
         failed = memory.length > FAR_TOO_LONG * last
         rows, slot = failed.unsqueeze(1).to(following.dtype), history.slot
-        change, gone = history.rows.select(1, 1 + 2 * slot), history.rows.select(1, 2 + 2 * slot)
+        change, gone = history.row(1 + 2 * slot), history.row(2 + 2 * slot)
         norms = [torch.linalg.vector_norm(x.detach(), dim=1) for x in (gone, change)]
         shorter = torch.where(failed, (norms[0] / norms[1]).clamp(SHORTEST, 1), 1)
-        residual = history.rows.select(1, 0)
+        residual = history.row(0)
         history.held.addcmul_(rows, gone)
         residual.addcmul_(rows, change).mul_(shorter.unsqueeze(1))
         memory.damping = memory.damping * shorter

@@ -71,6 +71,9 @@ class SecantHistory:
     slot: int = -1
     holds: bool = False
 
+    def __post_init__(self) -> None:
+        self._views: tuple[Tensor | None, tuple[Tensor, ...]] = None, ()
+
     @classmethod
     def empty(cls, y: Tensor, memory: int, growth: float) -> SecantHistory:
         """A history of no pairs for a solve from ``y (B, D)``."""
@@ -137,6 +140,15 @@ class SecantHistory:
         """Empty the history of the samples ``which (B,)``."""
         self.scale = self.scale.masked_fill(which.unsqueeze(1), 0)
 
+    def row(self, index: int) -> Tensor:
+        """``(B, D)``: a row of the buffer."""
+        if torch.is_grad_enabled():  # which forbids to write to views that were made together
+            return self.rows.select(1, index)
+        of, views = self._views
+        if of is not self.rows:
+            self._views = of, views = self.rows, self.rows.unbind(1)
+        return views[index]
+
     def restart(self, length: Tensor) -> Tensor:
         """Empty the history of samples whose residual ``(B,)`` exceeds its limit; who keeps it."""
         kept, allowed = length <= self.limit, length * self.growth
@@ -146,12 +158,12 @@ class SecantHistory:
 
     def push(self, r: Tensor, other: Tensor) -> bool:
         """Write the residual, and make a pair of what was held; False if nothing was."""
-        residual = self.rows.select(1, 0)
+        residual = self.row(0)
         if self.holds:
             self.slot = (self.slot + 1) % self.size
             self.filled = min(self.filled + 1, self.size)
-            self.rows.select(1, 1 + 2 * self.slot).copy_(residual).sub_(r)
-            self.rows.select(1, 2 + 2 * self.slot).sub_(other)
+            self.row(1 + 2 * self.slot).copy_(residual).sub_(r)
+            self.row(2 + 2 * self.slot).sub_(other)
         residual.copy_(r)
         return self.holds
 
@@ -165,7 +177,7 @@ class SecantHistory:
     @property
     def held(self) -> Tensor:
         """``(B, D)``: the row of the point or image that waits."""
-        return self.rows.select(1, 2 + 2 * ((self.slot + 1) % self.size))
+        return self.row(2 + 2 * ((self.slot + 1) % self.size))
 
     @property
     def residual_and_newest(self) -> Tensor:
