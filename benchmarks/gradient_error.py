@@ -36,6 +36,7 @@ GRADIENTS: dict[str, implicit.Gradient] = {
     "Phantom(5, 0.5)": implicit.Phantom(5, damping=0.5),
     "BPTT": implicit.BPTT(),
     "Implicit": implicit.Implicit(),
+    "Auto(1e-3)": implicit.Auto(1e-3),
 }
 TIGHT = implicit.Tolerance(rtol=1e-13, atol=0.0, max_steps=500)
 PATH = implicit.Steps(30)

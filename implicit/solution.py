@@ -128,5 +128,4 @@ def classify(converged: Tensor, residual: Tensor, first: Tensor) -> Tensor:
     """Status of each sample from its last residual and its first, all ``(B,)``."""
     diverged = ~torch.isfinite(residual) | (residual > 10 * first)
     status = torch.full_like(residual, Status.STOPPED, dtype=torch.int64)
-    status = torch.where(diverged, Status.DIVERGED, status)
-    return torch.where(converged, Status.CONVERGED, status)
+    return status.masked_fill(diverged, Status.DIVERGED).masked_fill(converged, Status.CONVERGED)

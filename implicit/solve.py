@@ -187,8 +187,8 @@ class _Samples:
     def stop(self, which: Tensor, n: int, converged: Tensor, now: Tensor, relative: Tensor) -> None:
         """Write down that the samples ``which (B,)`` end after ``n`` steps."""
         self.converged = self.converged | converged
-        self.steps = torch.where(which, n, self.steps)
-        self.evaluations = torch.where(which, n + 1, self.evaluations)
+        self.steps = self.steps.masked_fill(which, n)
+        self.evaluations = self.evaluations.masked_fill(which, n + 1)
         self.residual = torch.where(which, now, self.residual)
         self.relative = torch.where(which, relative, self.relative)
         self.active = self.active & ~which
@@ -404,4 +404,4 @@ def _best(samples: _Samples) -> _Best:
 
 def _relative(residual: Tensor, size: Tensor) -> Tensor:
     """The residual over ``‖f(y)‖``; 0 where both vanish."""
-    return torch.where(residual == 0, 0, residual / size)
+    return (residual / size).masked_fill(residual == 0, 0)

@@ -494,6 +494,7 @@ UNSETTLED = {
     ("Anderson", "lasso-0.1"),
     ("Broyden", "bratu-jacobi-100"),
     ("Broyden", "banded-fifth"),
+    ("Broyden", "lasso-0.1"),
     ("Broyden", "general-200-0.99"),
 }
 """Here rounding decides: a multiple of the same problem is solved or not."""

@@ -92,7 +92,7 @@ class Anderson(Solver):
     def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
         history = memory.history
         plain = fy if self.mixing == 1 else y.lerp(fy, self.mixing)
-        history.restart(torch.linalg.vector_norm(r.detach(), dim=1))
+        history.restart(torch.linalg.vector_norm(r, dim=1, keepdim=True))
         target = self._update(history, history.push(r, plain))
         memory.taken += 1
         following = plain
@@ -109,22 +109,21 @@ class Anderson(Solver):
         return _Memory(history, (1 + ridges).repeat(len(history.limit), 2))
 
     def _update(self, history: SecantHistory, pushed: bool) -> Tensor | None:
-        """Put the newest pair into the normal equations; their right-hand side ``(B, n)``.
+        """Put the newest pair into the normal equations; their right-hand side ``(B, n, 1)``.
 
         None if there is no pair yet.
         """
         if not history.filled:
             return None
-        slot = history.slot
-        products = torch.bmm(history.residual_and_newest, history.residuals.mT)
-        if pushed:
-            own = history.measure(products.select(1, 1).narrow(1, slot, 1))
-        target, column = (products * history.unit.unsqueeze(1)).unbind(1)
-        if pushed:
-            column, equations = column * own, history.equations
-            equations.select(1, slot).copy_(column)
-            equations.select(2, slot).copy_(column)
-        return target
+        products = torch.bmm(history.residuals, history.residual_and_newest.mT)
+        if not pushed:
+            return products.narrow(2, 0, 1) * history.unit
+        own = history.measure(products.select(1, history.slot).narrow(1, 1, 1))
+        products = products * history.unit
+        column, equations = products.select(2, 1) * own, history.equations
+        equations.select(1, history.slot).copy_(column)
+        equations.select(2, history.slot).copy_(column)
+        return products.narrow(2, 0, 1)
 
     def _regularise(self, memory: _Memory) -> None:
         """Set the diagonal to one plus the ridge that belongs to the age of each pair."""

@@ -30,8 +30,8 @@ SHORTEST = 0.01
 class _Memory:
     history: SecantHistory
     blank: Tensor  # (B, m, m): the identity, which is the system of no pairs
-    length: Tensor  # (B,): of the last residual
-    damping: Tensor  # (B,): λ
+    length: Tensor  # (B, 1): of the last residual
+    damping: Tensor  # (B, 1): λ
     search: LineSearch | None
     taken: int = 0
 
@@ -95,19 +95,20 @@ class Broyden(Solver):
     def export(self, memory: _Memory) -> PointPairs:
         residuals, points = memory.history.export()
         # The next solve begins with λ = 1.
-        return PointPairs(residuals / memory.damping.view(-1, 1, 1), points)
+        return PointPairs(residuals / memory.damping.unsqueeze(2), points)
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
         history, search = memory.history, memory.search
         memory.taken += 1
-        memory.length, last = torch.linalg.vector_norm(r.detach(), dim=1), memory.length
-        kept = history.restart(memory.length)
+        length = torch.linalg.vector_norm(r.detach(), dim=1, keepdim=True)
+        memory.length, last = length, memory.length
+        kept = history.restart(length)
         # What is left of a system that has failed could still be singular.
-        history.system = torch.where(kept.view(-1, 1, 1), history.system, memory.blank)
+        history.system = torch.where(kept.unsqueeze(2), history.system, memory.blank)
         following = self._quasi_newton(memory, y, r)
         if search is not None:
-            accepted = search.accepts(memory.length)
-            following = search.next(accepted, y, memory.length, following - y)
+            accepted = search.accepts(length.squeeze(1))
+            following = search.next(accepted, y, length.squeeze(1), following - y)
         elif history.filled and memory.taken <= WATCHED:
             following = self._take_back(memory, following, last)
         return following, memory
@@ -119,53 +120,53 @@ class Broyden(Solver):
 
     def _quasi_newton(self, memory: _Memory, y: Tensor, r: Tensor) -> Tensor:
         history = memory.history
-        r = r.mul_(memory.damping.unsqueeze(1))
+        r = r.mul_(memory.damping)
         pushed = history.push(r, y)
         following = r.add_(y)
         if history.filled:
             weights = history.weights(self._update(history, pushed))
             rows = history.rows[:, 1 : 2 * history.filled + 1]
-            both = torch.stack((weights, weights), dim=2).flatten(1)
+            both = torch.stack((weights, weights), dim=3).flatten(2)
             following = history.mix(following, both, rows, into=following)
         history.hold(y)
         return following
 
     @staticmethod
     def _update(history: SecantHistory, pushed: bool) -> Tensor:
-        """Put the newest pair into ``SᵀΔR + L``; ``Sᵀr (B, n)``, for pairs of unit length.
+        """Put the newest pair into ``SᵀΔR + L``; ``Sᵀr (B, n, 1)``, for pairs of unit length.
 
         No pair is younger than the newest, so only its row has a part of ``L``.
         """
-        residual_and_newest = torch.bmm(history.residual_and_newest, history.others.mT)
+        products = torch.bmm(history.others, history.residual_and_newest.mT)
         if not pushed:
-            return residual_and_newest.select(1, 0) * history.scale
+            return products.narrow(2, 0, 1) * history.unit
         slot, n = history.slot, history.filled
         newest = history.row(2 + 2 * slot).unsqueeze(1)
         with_all = torch.bmm(newest, history.rows[:, 1 : 2 * n + 1].mT).view(-1, n, 2)
-        own = history.measure(with_all.select(2, 1).narrow(1, slot, 1))
-        scale, equations = history.unit, history.equations
-        target, column = (residual_and_newest * scale.unsqueeze(1)).unbind(1)
-        equations.select(1, slot).copy_(with_all.sum(dim=2) * scale * own)
-        equations.select(2, slot).copy_(column * own)
-        return target
+        own = history.measure(with_all.select(1, slot).narrow(1, 1, 1))
+        unit, equations = history.unit, history.equations
+        products = products * unit
+        equations.select(1, slot).copy_(with_all.sum(dim=2) * unit.squeeze(2) * own)
+        equations.select(2, slot).copy_(products.select(2, 1) * own)
+        return products.narrow(2, 0, 1)
 
     @staticmethod
     def _take_back(memory: _Memory, following: Tensor, last: Tensor) -> Tensor:
         """Another step from where the last one began, for samples where that was far too long."""
         history = memory.history
         failed = memory.length > FAR_TOO_LONG * last
-        rows, slot = failed.unsqueeze(1).to(following.dtype), history.slot
+        rows, slot = failed.to(following.dtype), history.slot
         change, gone = history.row(1 + 2 * slot), history.row(2 + 2 * slot)
-        norms = [torch.linalg.vector_norm(x.detach(), dim=1) for x in (gone, change)]
+        norms = [torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) for x in (gone, change)]
         shorter = torch.where(failed, (norms[0] / norms[1]).clamp(SHORTEST, 1), 1)
         residual = history.row(0)
         history.held.addcmul_(rows, gone)
-        residual.addcmul_(rows, change).mul_(shorter.unsqueeze(1))
+        residual.addcmul_(rows, change).mul_(shorter)
         memory.damping = memory.damping * shorter
         memory.length = torch.where(failed, last, memory.length)
         history.limit = torch.where(failed, last * history.growth, history.limit)
-        history.scale = history.scale.masked_fill(failed.unsqueeze(1), 0)
-        history.system = torch.where(failed.view(-1, 1, 1), memory.blank, history.system)
+        history.forget(failed)
+        history.system = torch.where(failed.unsqueeze(2), memory.blank, history.system)
         # In place, and never by multiplication with what may have overflowed.
-        following.masked_fill_(failed.unsqueeze(1), 0)
+        following.masked_fill_(failed, 0)
         return following.addcmul_(rows, history.held).addcmul_(rows, residual)

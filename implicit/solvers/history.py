@@ -53,8 +53,8 @@ class SecantHistory:
         scale: ``(B, m)``: one over the length of what each pair is measured by; 0 where a sample
             has forgotten its pair (`restart`).
         system: ``(B, m, m)``, written by the solver, for pairs of unit length.
-        growth: ``(B,)``: how far a residual may exceed the least since the last restart.
-        limit: ``(B,)``: that least residual times ``growth``.
+        growth: ``(B, 1)``: how far a residual may exceed the least since the last restart.
+        limit: ``(B, 1)``: that least residual times ``growth``.
         size: ``m``, the number of slots.
         filled: slots that have ever held a pair.
         slot: that of the newest pair.
@@ -82,8 +82,8 @@ class SecantHistory:
             rows=y.new_empty(batch, 2 * memory + 1, dim),
             scale=y.new_zeros(batch, memory),
             system=y.new_zeros(batch, memory, memory),
-            growth=y.new_full((batch,), growth),
-            limit=y.new_full((batch,), torch.inf),
+            growth=y.new_full((batch, 1), growth),
+            limit=y.new_full((batch, 1), torch.inf),
             size=memory,
         )
 
@@ -127,8 +127,9 @@ class SecantHistory:
 
     @property
     def unit(self) -> Tensor:
-        """``(B, n)``: `scale` of those slots."""
-        return self.scale if self.filled == self.size else self.scale[:, : self.filled]
+        """``(B, n, 1)``: `scale` of those slots."""
+        scale = self.scale if self.filled == self.size else self.scale[:, : self.filled]
+        return scale.unsqueeze(2)
 
     @property
     def equations(self) -> Tensor:
@@ -137,8 +138,8 @@ class SecantHistory:
         return self.system if n == self.size else self.system[:, :n, :n]
 
     def forget(self, which: Tensor) -> None:
-        """Empty the history of the samples ``which (B,)``."""
-        self.scale = self.scale.masked_fill(which.unsqueeze(1), 0)
+        """Empty the history of the samples ``which (B, 1)``."""
+        self.scale = self.scale.masked_fill(which, 0)
 
     def row(self, index: int) -> Tensor:
         """``(B, D)``: a row of the buffer."""
@@ -150,10 +151,10 @@ class SecantHistory:
         return views[index]
 
     def restart(self, length: Tensor) -> Tensor:
-        """Empty the history of samples whose residual ``(B,)`` exceeds its limit; who keeps it."""
+        """Empty the history of samples whose residual ``(B, 1)`` exceeds its limit; who keep it."""
         kept, allowed = length <= self.limit, length * self.growth
         self.limit = torch.where(kept, torch.minimum(self.limit, allowed), allowed)
-        self.scale = self.scale * kept.unsqueeze(1)
+        self.scale = self.scale * kept
         return kept
 
     def push(self, r: Tensor, other: Tensor) -> bool:
@@ -191,17 +192,20 @@ class SecantHistory:
         return own.copy_(square.clamp_min_(torch.finfo(square.dtype).tiny).rsqrt())
 
     def weights(self, target: Tensor) -> Tensor:
-        """Solve the system for ``target (B, n)``, both for unit vectors; weights of the pairs."""
-        solution = torch.linalg.solve_ex(self.equations, target.unsqueeze(2)).result
+        """Weights ``(B, 1, n)`` of the pairs for a right-hand side ``(B, n, 1)``.
+
+        It is already multiplied by `unit`, as the system is.
+        """
+        solution = torch.linalg.solve_ex(self.equations, target).result
         # A sample whose numbers overflowed takes the plain step; its neighbours are untouched.
-        return (solution.squeeze(2) * self.unit).nan_to_num_(0, 0, 0)
+        return (solution * self.unit).nan_to_num_(0, 0, 0).mT
 
     def mix(self, image: Tensor, weights: Tensor, rows: Tensor, into: Tensor) -> Tensor:
-        """``image − Σᵢ wᵢ rowsᵢ (B, D)`` for ``weights (B, n)``, written to a tensor of no use.
+        """``image − Σᵢ wᵢ rowsᵢ (B, D)`` for ``weights (B, 1, n)``, written to a tensor of no use.
 
         That may be ``image`` itself.
         """
         if torch.is_grad_enabled() or is_wrapped(into):  # where in place is wrong, or slow
-            return image - torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
-        into.copy_(image).unsqueeze(1).baddbmm_(weights.unsqueeze(1), rows, alpha=-1)
+            return image - torch.bmm(weights, rows).squeeze(1)
+        into.copy_(image).unsqueeze(1).baddbmm_(weights, rows, alpha=-1)
         return into
