@@ -11,6 +11,7 @@ DistributedDataParallel, gradient scaling, accumulation, clipping and hooks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,7 @@ def supervise(
     args: tuple[Any, ...] = (),
     parameters: Iterable[Tensor] = (),
     generator: torch.Generator | None = None,
+    loss_scale: float = 1.0,
 ) -> Supervision:
     """Run the solver path from ``y0`` and take the gradient of a loss at some of its positions.
 
@@ -112,6 +114,9 @@ def supervise(
             gradient.  One that is reached and not named raises an error, so none is lost.  What
             was itself computed from parameters goes through ``args``.
         generator: source of the noise, for runs that repeat.
+        loss_scale: factor on the losses while their gradients are taken, which is taken off again.
+            In float16 small gradients vanish before a `torch.amp.GradScaler` can scale the loss
+            that is returned: pass ``scaler.get_scale()``.
 
     Returns:
         A `Supervision`.  Its loss can be differentiated once, not twice.
@@ -134,12 +139,16 @@ def supervise(
         (torch.Size([3, 3]), torch.Size([4, 3]), 4)
     """
     _check(f, at, gradient, solver)
+    if not (math.isfinite(loss_scale) and loss_scale > 0):
+        raise ValueError(f"supervise(loss_scale={loss_scale}): must be finite and positive.")
     renew(f)
     given = [*pytree.tree_leaves(args), *parameters]
     sources = [
         t for t in dict.fromkeys(x for x in given if isinstance(x, Tensor)) if t.requires_grad
     ]
-    walk = _Walk(f, y0, loss, tuple(at), gradient, solver, tuple(perturbation), generator, args)
+    walk = _Walk(
+        f, y0, loss, tuple(at), gradient, solver, tuple(perturbation), generator, args, loss_scale
+    )
     if torch.is_grad_enabled() and sources:
         total = _Supervise.apply(walk, *sources)
     else:
@@ -161,8 +170,10 @@ class _Walk:
         perturbation: tuple[Perturbation, ...],
         generator: torch.Generator | None,
         args: tuple[Any, ...],
+        loss_scale: float,
     ) -> None:
         self.y0, self.loss, self.at = y0, loss, at
+        self.loss_scale = loss_scale
         self.gradient, self.solver = gradient, solver
         self.perturbation, self.generator = perturbation, generator
         self.layout = Layout(y0)
@@ -174,7 +185,7 @@ class _Walk:
         self.value: State = None
 
     def run(self, sources: Sequence[Tensor], tracked: bool) -> tuple[Tensor, list[Tensor | None]]:
-        """Total loss, and its gradient with respect to each of ``sources``."""
+        """Total loss, and the gradient of it, scaled, with respect to each of ``sources``."""
         sums: list[Tensor | None] = [None] * len(sources)
         # A source may be met as an argument, as itself (closed over), or as both.
         places = [(i, self.inside[t]) for i, t in enumerate(sources) if t in self.inside]
@@ -193,7 +204,8 @@ class _Walk:
                 self._check_scalar(scalar, n)
             if tracked and scalar.requires_grad:
                 _check_named(scalar, targets)
-                for (i, _), part in zip(places, _gradients(scalar, targets), strict=True):
+                parts = _gradients(scalar, targets, self.loss_scale)
+                for (i, _), part in zip(places, parts, strict=True):
                     if part is not None:
                         old = sums[i]
                         # Never in place: autograd may hand out one tensor for two sources.
@@ -248,6 +260,7 @@ class _Supervise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, walk: _Walk, *sources: Tensor) -> Tensor:
         total, sums = walk.run(sources, tracked=True)
+        ctx.loss_scale = walk.loss_scale
         ctx.present = [s is not None for s in sums]
         ctx.save_for_backward(*(s for s in sums if s is not None))
         return total
@@ -260,19 +273,19 @@ class _Supervise(torch.autograd.Function):
                 "it would need is freed position by position. For higher derivatives take the "
                 "losses on fixed_point(..., gradient=BPTT(), path=...)."
             )
-        kept = iter(ctx.saved_tensors)
-        return (None, *(next(kept) * grad if present else None for present in ctx.present))
+        kept, factor = iter(ctx.saved_tensors), grad / ctx.loss_scale
+        return (None, *(next(kept) * factor if present else None for present in ctx.present))
 
 
-def _gradients(loss: Tensor, sources: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Gradients of one position, without the tensors' own hooks: these see the sum, once."""
+def _gradients(loss: Tensor, sources: Sequence[Tensor], scale: float) -> Sequence[Tensor | None]:
+    """Scaled gradients of one position, without the tensors' hooks: these see the sum, once."""
     if not sources:
         return []
     hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in sources if t._backward_hooks]
     for registered, _ in hooks:
         registered.clear()
     try:
-        return torch.autograd.grad(loss, sources, allow_unused=True)
+        return torch.autograd.grad(loss, sources, torch.full_like(loss, scale), allow_unused=True)
     finally:
         for registered, kept in hooks:
             registered.update(kept)

@@ -1014,3 +1014,39 @@ def test_noise_repeats_with_the_generator() -> None:
 
 if __name__ == "__main__":  # one rank of the distributed test
     _rank(int(sys.argv[1]), *sys.argv[2:])
+
+
+def test_loss_scale_keeps_float16_gradients_from_vanishing() -> None:
+    """Gradients of 1e-9 are zero in float16; taken of a larger loss, they arrive as they are."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        linear.weight.mul_(0.3)
+    x = torch.randn(3, 4)
+
+    def gradient(loss_scale: float, half: bool) -> Tensor:
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            supervision = supervise(
+                lambda y: torch.tanh(linear(y) + x),
+                torch.zeros(3, 4),
+                lambda y, position: 1e-9 * y.square().mean(),
+                at=(2, 4),
+                parameters=linear.parameters(),
+                loss_scale=loss_scale,
+            )
+        scaler_scale = 2.0**20
+        scaled = torch.autograd.grad(supervision.loss * scaler_scale, linear.weight)[0]
+        return scaled / scaler_scale
+
+    wanted = gradient(1.0, half=False)
+    torch.testing.assert_close(gradient(2.0**20, half=False), wanted)
+    torch.testing.assert_close(gradient(2.0**20, half=True), wanted, rtol=0.02, atol=1e-12)
+    assert not gradient(1.0, half=True).any()
+
+
+@pytest.mark.parametrize("loss_scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_loss_scale_that_is_none_is_refused(loss_scale: float) -> None:
+    with pytest.raises(ValueError, match="loss_scale"):
+        supervise(
+            torch.cos, torch.zeros(1, 1), lambda y, n: y.sum(), at=(1,), loss_scale=loss_scale
+        )
