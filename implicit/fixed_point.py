@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ def fixed_point(
     start = layout.pack(y0)
     if isinstance(stop, Tolerance):  # which waits for the device anyway
         _check_finite(start)
+        stop = replace(stop, rtol=stop.rtol_for(flat.eps))
     # The auxiliary output is that of the whole batch, so nobody may leave; nor has anybody to
     # whose inputs are all closed over.
     parts = flat.part if (args or select) and not has_aux else None

@@ -35,8 +35,8 @@ class Tolerance:
     more than there are steps.
 
     Args:
-        rtol: relative tolerance; by default 1e-3, or twice the machine epsilon of the state's
-            dtype where that is more (1.6e-2 in bfloat16).
+        rtol: relative tolerance; by default 1e-3, or twice the machine epsilon of the dtype of
+            the state, or of autocast, where that is more (1.6e-2 in bfloat16).
         atol: absolute tolerance, in the units of the state.
         max_steps: most solver steps.
         check_every: steps between two looks from the host at whether all samples are done; the

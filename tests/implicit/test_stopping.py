@@ -452,3 +452,17 @@ def test_tolerance_counts_must_be_integers(name: str) -> None:
 def test_unknown_options_are_refused(kind: Any, name: str) -> None:
     with pytest.raises(TypeError, match=name):
         kind(**{name: 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_tolerance_knows_of_autocast(dtype: torch.dtype) -> None:
+    """A float32 state whose map rounds like ``dtype`` settles at its machine epsilon, not below."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 64)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        linear.weight.mul_(1.2 / torch.linalg.matrix_norm(linear.weight, 2))
+        x = torch.randn(8, 64)
+        solution = implicit.fixed_point(lambda y: torch.tanh(linear(y) + x), torch.zeros(8, 64))
+    assert solution.value.dtype == torch.float32
+    assert solution.converged.all()
+    assert bool((solution.relative_residual <= 2.001 * torch.finfo(dtype).eps + 1e-6).all())
