@@ -15,6 +15,7 @@ from torch import Tensor
 
 from implicit.autocast import full_precision
 from implicit.problem import Problem
+from implicit.samples import BestSoFar, Samples
 from implicit.solution import classify
 from implicit.solvers.base import Solver, WholeSolver, take
 from implicit.state import StateError
@@ -104,7 +105,7 @@ def iterate(
     y, traced, precision = y0, [], full_precision(y0.device)
     first = residual = relative = y0
     state: Any = None
-    best: _Best | None = None
+    best: BestSoFar | None = None
     for step in range(1, n + 1):
         before = y if perturb is None else perturb(y)
         fy = problem(before)
@@ -119,7 +120,7 @@ def iterate(
         if trace:
             traced.append(relative)
         if solver.keeps_best:
-            best = _Best.of(best, before, residual, relative)
+            best = BestSoFar.of(best, before, residual, relative)
         with precision:
             y, state = solver.step(state, before, fy, r)
         del fy, r  # while f is evaluated, only the memory and the iterate need be held
@@ -138,62 +139,6 @@ def iterate(
     return Outcome(y, status, count, evaluations, residual, relative, traced, memory=exported)
 
 
-@dataclass
-class _Best:
-    """The iterate of each sample with the smallest residual so far."""
-
-    y: Tensor
-    residual: Tensor
-    relative: Tensor
-
-    @classmethod
-    def of(cls, old: _Best | None, y: Tensor, residual: Tensor, relative: Tensor) -> _Best:
-        if old is None:
-            return cls(y, residual, relative)
-        # Selected, never mixed by multiplication: a NaN now must not poison what was good.
-        better = (residual < old.residual) | torch.isnan(old.residual)
-        return cls(
-            torch.where(better.unsqueeze(1), y, old.y),
-            torch.where(better, residual, old.residual),
-            torch.where(better, relative, old.relative),
-        )
-
-
-@dataclass
-class _Samples:
-    """The samples still in the batch: where they are, and what was written down of them."""
-
-    y: Tensor
-    row: Tensor
-    active: Tensor
-    converged: Tensor
-    steps: Tensor
-    evaluations: Tensor
-    residual: Tensor
-    relative: Tensor
-    first: Tensor
-    best: _Best | None
-    memory: Any
-
-    @classmethod
-    def all(cls, y: Tensor, memory: Any) -> _Samples:
-        """Every sample, before the first test."""
-        like = y.detach().sum(dim=1)  # of the batch, and of its transforms under torch.func
-        none, count = torch.zeros_like(like, dtype=torch.bool), torch.zeros_like(like)
-        count, nan = count.to(torch.int64), torch.full_like(like, torch.nan)
-        row = torch.arange(len(y), device=y.device)
-        return cls(y, row, ~none, none, count, count, nan, nan, nan, None, memory)
-
-    def stop(self, which: Tensor, n: int, converged: Tensor, now: Tensor, relative: Tensor) -> None:
-        """Write down that the samples ``which (B,)`` end after ``n`` steps."""
-        self.converged = self.converged | converged
-        self.steps = self.steps.masked_fill(which, n)
-        self.evaluations = self.evaluations.masked_fill(which, n + 1)
-        self.residual = torch.where(which, now, self.residual)
-        self.relative = torch.where(which, relative, self.relative)
-        self.active = self.active & ~which
-
-
 class _Run:
     """A solve to a tolerance: each sample stops by itself, and leaves the batch if it may."""
 
@@ -204,7 +149,7 @@ class _Run:
         self.precision = full_precision(y0.device)
         self.rtol = stop.rtol_for(finest)
         self.atol = torch.full((), stop.atol, dtype=y0.dtype, device=y0.device)
-        self.left: list[_Samples] = []
+        self.left: list[Samples] = []
         self.may_leave = problem.part is not None
         self.all_active = True  # as far as the host knows
         self.still = len(y0)  # samples not done, at the last look
@@ -219,7 +164,7 @@ class _Run:
             fy = self.problem(y)
             if n == 0:
                 y = _spread(y, fy)
-                self.samples = _Samples.all(y, self.solver.begin(y, self.problem, memory))
+                self.samples = Samples.all(y, self.solver.begin(y, self.problem, memory))
             self.samples.y = y
             r = fy - y
             active = self._test(n, fy, r, trace)
@@ -259,7 +204,7 @@ class _Run:
             if trace:
                 self._record(torch.where(samples.active, relative, torch.nan))
             if self.solver.keeps_best:
-                samples.best = _Best.of(samples.best, samples.y, now, relative)
+                samples.best = BestSoFar.of(samples.best, samples.y, now, relative)
         last = n == self.stop.max_steps
         active: Tensor | None = None
         if self.can_look and n % self.stop.check_every == 0 and not last:
@@ -328,7 +273,7 @@ class _Run:
             )
         )
 
-    def _whole(self, of: Callable[[_Samples], Tensor]) -> Tensor:
+    def _whole(self, of: Callable[[Samples], Tensor]) -> Tensor:
         if not self.left:
             return of(self.samples)
         return self._ordered([of(samples) for samples in (*self.left, self.samples)])
@@ -397,7 +342,7 @@ def _rows(flags: Tensor) -> Tensor:
     return flags.unsqueeze(1)
 
 
-def _best(samples: _Samples) -> _Best:
+def _best(samples: Samples) -> BestSoFar:
     assert samples.best is not None
     return samples.best
 
