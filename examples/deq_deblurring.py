@@ -10,8 +10,8 @@ by backpropagation through them (Gregor and LeCun, ICML 2010).  Wiener's filter,
 balance for the test photographs, has no parameters and is in the table as well.
 
 Five photographs that scikit-image and scikit-learn ship are for training, two others for testing.
-What to look at is the right panel: the unrolled network is good after the steps it was trained for,
-and the fixed point stays as good however long one iterates.
+What to look at is the lower panel: the unrolled network is good after the steps it was trained for,
+and falls off beyond them; the fixed point hardly changes however long one iterates.
 
     python examples/deq_deblurring.py
     python examples/deq_deblurring.py --updates 50

@@ -75,7 +75,8 @@ def gmres(
     x = torch.bmm(weights.unsqueeze(1), basis[:, :n]).squeeze(1)
     smallest = torch.ones_like(length)
     if n:
-        values = torch.linalg.svdvals(hessenberg[:, : n + 1, :n])
+        # A sample whose numbers are not finite has none, and must not stop the others.
+        values = torch.linalg.svdvals(hessenberg[:, : n + 1, :n].nan_to_num(0, 0, 0))
         # Columns after an exhausted space are zero and say nothing of A.
         present = values > 10 * torch.finfo(b.dtype).eps * values[:, :1]
         smallest = torch.where(present, values, torch.inf).amin(dim=1)

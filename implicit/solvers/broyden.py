@@ -143,11 +143,17 @@ class Broyden(Solver):
         slot, n = history.slot, history.filled
         newest = history.row(2 + 2 * slot).unsqueeze(1)
         with_all = torch.bmm(newest, history.rows[:, 1 : 2 * n + 1].mT).view(-1, n, 2)
-        own = history.measure(with_all.select(1, slot).narrow(1, 1, 1))
+        square = with_all.select(1, slot).narrow(1, 1, 1)
+        still = square == 0 if torch.is_grad_enabled() else None
+        own = history.measure(square)
         unit, equations = history.unit, history.equations
         products = products * unit
         equations.select(1, slot).copy_(with_all.sum(dim=2) * unit.squeeze(2) * own)
         equations.select(2, slot).copy_(products.select(2, 1) * own)
+        if still is not None:
+            # A sample that has stopped makes pairs of length zero, whose equations are singular.
+            # Its weights are not used; but in the derivative, zero times what is not finite is.
+            equations.select(1, slot).narrow(1, slot, 1).add_(still)
         return products.narrow(2, 0, 1)
 
     @staticmethod

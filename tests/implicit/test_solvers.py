@@ -804,3 +804,30 @@ def test_memory_of_another_solver_is_refused(of: implicit.Solver, to: implicit.S
     else:
         with pytest.raises(ValueError, match="same solver"):
             fixed_point(torch.cos, y0, solver=to, memory=memory)
+
+
+def test_newton_krylov_finishes_the_neighbours_of_a_bad_sample() -> None:
+    w, b = tanh_problem(4)
+    poisoned = w.clone()
+    poisoned[1] = torch.nan
+    spoilt, good = (solve_tanh(x, b, NewtonKrylov()) for x in (poisoned, w))
+    assert spoilt.status.tolist() == [0, Status.DIVERGED, 0, 0]
+    others = [0, 2, 3]
+    torch.testing.assert_close(spoilt.value[others], good.value[others], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(3), Broyden(), Broyden(3)], ids=repr)
+def test_the_path_of_samples_that_stop_early_is_differentiated(solver: implicit.Solver) -> None:
+    """One sample settles long before the other, and makes pairs of length zero from then on."""
+    a = torch.tensor([[0.05], [0.95]], dtype=torch.float64, requires_grad=True)
+    value = fixed_point(
+        lambda y: a * torch.tanh(y) + 1,
+        torch.zeros(2, 3, dtype=torch.float64),
+        solver=solver,
+        stop=Tolerance(rtol=1e-9, atol=0.0, max_steps=60),
+        gradient=implicit.BPTT(),
+    ).value
+    (found,) = torch.autograd.grad(value.sum(), a)
+    tanh = value.detach().tanh()
+    exact = (tanh / (1 - a.detach() * (1 - tanh**2))).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
