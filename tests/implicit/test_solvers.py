@@ -831,3 +831,44 @@ def test_the_path_of_samples_that_stop_early_is_differentiated(solver: implicit.
     tanh = value.detach().tanh()
     exact = (tanh / (1 - a.detach() * (1 - tanh**2))).sum(dim=1, keepdim=True)
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
+
+
+class SquareOfSine(torch.autograd.Function):
+    """An operator with derivatives in reverse mode only, as many extensions have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin() ** 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (2 * x).sin()
+
+
+def test_newton_krylov_needs_no_forward_mode() -> None:
+    y0 = torch.full((2, 3), 0.7, dtype=torch.float64)
+
+    def f(y: Tensor) -> Tensor:
+        return 3 * SquareOfSine.apply(y) - 0.5  # which expands at its fixed point
+
+    found = fixed_point(f, y0, solver=NewtonKrylov(), stop=TIGHT)
+    usual = fixed_point(lambda y: 3 * y.sin() ** 2 - 0.5, y0, solver=NewtonKrylov(), stop=TIGHT)
+    assert found.converged.all()
+    torch.testing.assert_close(found.value, usual.value)
+    assert torch.equal(found.evaluations, usual.evaluations)
+
+
+def test_newton_krylov_solves_what_depends_on_no_state() -> None:
+    b = random(2, 3, seed=6)
+    with torch.enable_grad():
+        found = fixed_point(lambda y: b, torch.zeros_like(b), solver=NewtonKrylov(), stop=TIGHT)
+    torch.testing.assert_close(found.value, b)
+
+
+def test_status_of_a_sample() -> None:
+    solution = fixed_point(torch.cos, torch.zeros(1, 1))
+    assert Status(solution.status[0]) is Status.CONVERGED
+    with pytest.raises(ValueError, match="not a valid Status"):
+        Status(torch.zeros(2))
