@@ -18,10 +18,10 @@ from implicit.per_solve import renew
 from implicit.problem import Problem
 from implicit.solution import Adjoint, Solution, Status
 from implicit.solve import Outcome, solve
-from implicit.solvers import Anderson, Solver, WholeSolver
+from implicit.solvers import Anderson, Best, NewtonKrylov, Solver, WholeSolver
 from implicit.state import FlatMap, Layout, Select, State, StateError
 from implicit.stopping import Steps, Stop, Tolerance
-from implicit.transforms import is_pushing_forward, no_forward_mode
+from implicit.transforms import is_pushing_forward, no_forward_mode, on_host
 
 _DEFAULT_SOLVER = Anderson()
 _DEFAULT_STOP = Tolerance()
@@ -90,6 +90,8 @@ def fixed_point(
         torch.Size([1, 1])
     """
     _check_choices(f, solver, stop, gradient)
+    if not isinstance(args, tuple):
+        raise TypeError(f"args is a {type(args).__name__}: give a tuple, such as args=(x,).")
     if isinstance(solver, WholeSolver) and (path or trace or memory or keep_memory):
         raise ValueError(f"{solver} shows only its answer: no path, no trace and no memory.")
     renew(f)
@@ -335,10 +337,17 @@ def _check_choices(f: Any, solver: Any, stop: Any, gradient: Any) -> None:
         "stop", stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-3) or implicit.Steps(20)"
     )
     check_kind("gradient", gradient, Gradient, "implicit.RAG(2)")
+    walks = solver.solver if isinstance(solver, Best) else solver
+    if gradient.tracks_path and isinstance(walks, NewtonKrylov):
+        raise ValueError(
+            f"{walks} cannot be differentiated step by step: use another gradient than {gradient}, "
+            "such as implicit.Implicit(), or Naive, Anderson or Broyden."
+        )
 
 
 def _check_finite(start: Tensor) -> None:
-    if not torch.isfinite(start.detach()).all(dim=1).any():
+    finite = on_host(torch.isfinite(start.detach()).all(dim=1))
+    if finite is not None and not finite.any():
         raise StateError(
             "y0 is not finite in any sample: it holds NaN or infinity. Look at what made it, or "
             "start from zeros."

@@ -47,8 +47,8 @@ class Problem:
         """Add ``(B,)`` evaluations that the driver did not make."""
         self.beyond = evaluations if self.beyond is None else self.beyond + evaluations
 
-    def parts_well(self, row: Tensor, y: Tensor, fy: Tensor) -> bool:
-        """Whether ``f`` gives the sample ``row (1,)`` the same image alone as in the batch.
+    def parts_well(self, rows: Tensor, y: Tensor, fy: Tensor) -> bool:
+        """Whether ``f`` gives the samples ``rows (k,)`` the same images alone as in the batch.
 
         It does not where an input that belongs to samples is closed over and so stays behind,
         where one that does not was taken for one that does, or where ``f`` mixes the samples.
@@ -56,13 +56,13 @@ class Problem:
         assert self.part is not None
         with torch.no_grad():
             try:
-                alone = self.part(row)(y.index_select(0, row))
-            except (RuntimeError, IndexError, ValueError):  # shapes that no longer fit
+                alone = self.part(rows)(y.index_select(0, rows))
+            except Exception:  # shapes that no longer fit, in whatever words f has for it
                 return False
             once = torch.zeros_like(fy[:, 0], dtype=torch.int64)
-            self.count(once.index_fill(0, row, 1))
-            difference = torch.linalg.vector_norm(alone - fy.index_select(0, row))
-            size = torch.linalg.vector_norm(fy.index_select(0, row))
+            self.count(once.index_fill(0, rows, 1))
+            difference = torch.linalg.vector_norm(alone - fy.index_select(0, rows))
+            size = torch.linalg.vector_norm(fy.index_select(0, rows))
             return bool(difference <= self.agreement * size)
 
     def narrow(self, rows: Tensor) -> None:

@@ -227,9 +227,10 @@ class _Run:
         samples, device = self.samples, fy.device
         stay = active.nonzero().flatten().to(device)
         if not self.left:
-            # It costs one evaluation of one sample to know; let it be one that has long to go.
+            # It costs an evaluation of two samples to know (one would be broadcast where several
+            # do not fit); let them be two that have long to go.
             length = torch.linalg.vector_norm(r, dim=1).index_select(0, stay)
-            hardest = stay[length.argmax()].reshape(1)
+            hardest = stay[length.topk(min(2, len(stay))).indices]
             self.may_leave = self.problem.parts_well(hardest, samples.y, fy)
             if not self.may_leave:
                 return samples.y, fy, r

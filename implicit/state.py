@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit.autocast import autocast_dtype
+from implicit.transforms import is_wrapped
 
 State = Any
 """A tensor or a pytree of tensors, batch first."""
@@ -175,7 +176,14 @@ class FlatMap:
             return self._image(flat)
 
     def _image(self, flat: Tensor) -> Tensor:
+        written = _writes_to(flat)
         result = self.f(self.layout.unpack(flat), *self.args)
+        if written != _writes_to(flat):
+            raise StateError(
+                "f wrote to the state that it was given: by an operation in place "
+                "(ReLU(inplace=True), y.add_), or because it returns a buffer that it uses again "
+                "(out=), which has become the state. Use the other form, or return a clone."
+            )
         if self.has_aux:
             if not isinstance(result, tuple) or len(result) != 2:
                 raise StateError("has_aux=True: f must return a pair (state, aux).")
@@ -206,6 +214,13 @@ class FlatMap:
             and leaf.shape[0] == self.layout.batch
         )
         return leaf.index_select(0, rows.to(leaf.device)) if belongs else leaf
+
+
+def _writes_to(x: Tensor) -> int:
+    """How often ``x`` has been written to; 0 where torch does not count."""
+    if torch.compiler.is_compiling() or x.is_inference() or is_wrapped(x):
+        return 0
+    return x._version
 
 
 def _shown(spec: Any) -> str:

@@ -131,7 +131,8 @@ class Implicit(AdjointGradient):
             rtol = max(1e-9 if v.dtype == torch.float64 else 1e-5, 2 * eps)
             stop = Tolerance(rtol=rtol, atol=0.0, max_steps=200)
         # In units of the incoming gradient, so that an absolute tolerance is relative to it too.
-        size = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        # The largest element and not the length, whose square may be out of range.
+        size = v.abs().amax(dim=1, keepdim=True) if v.shape[1] else v.new_ones(len(v), 1)
         size = torch.where((size > 0) & torch.isfinite(size), size, 1)
         unit = v / size
         linear = Problem(lambda w: unit + product(w), product=lambda w, u: product(u))

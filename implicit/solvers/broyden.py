@@ -109,7 +109,7 @@ class Broyden(Solver):
         if search is not None:
             accepted = search.accepts(length.squeeze(1))
             following = search.next(accepted, y, length.squeeze(1), following - y)
-        elif history.filled and memory.taken <= WATCHED:
+        elif 1 < memory.taken <= WATCHED:
             following = self._take_back(memory, following, last)
         return following, memory
 

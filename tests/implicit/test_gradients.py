@@ -828,3 +828,21 @@ def test_unrolled_gradients_compile_whole(gradient: Gradient) -> None:
     compiled = torch.compile(value, fullgraph=True, backend="eager")
     gradients = [torch.autograd.grad(f(x).sum(), weight)[0] for f in (compiled, value)]
     torch.testing.assert_close(*gradients)
+
+
+def test_a_mapped_start_is_solved_from() -> None:
+    starts = torch.linspace(0, 1, 6, dtype=torch.float64).reshape(3, 2, 1)
+    mapped = torch.func.vmap(lambda y: fixed_point(torch.cos, y).value)(starts)
+    each = torch.stack([fixed_point(torch.cos, y).value for y in starts])
+    torch.testing.assert_close(mapped, each)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_implicit_knows_no_scale_in_any_dtype(scale: float, dtype: torch.dtype) -> None:
+    a = torch.tensor([0.5], dtype=dtype, requires_grad=True)
+    value = fixed_point(
+        lambda y: a * y + 1, torch.zeros(1, 2, dtype=dtype), stop=Tolerance(rtol=1e-6, atol=0.0)
+    ).value
+    (found,) = torch.autograd.grad(value, a, torch.full_like(value, scale))
+    torch.testing.assert_close(found / scale, torch.tensor([8.0], dtype=dtype), rtol=1e-4, atol=0)

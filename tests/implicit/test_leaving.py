@@ -117,3 +117,30 @@ def test_a_root_is_found_where_the_map_is_no_contraction() -> None:
     )
     expected = torch.full_like(y0, 2.0945514815423265)  # Newton's own example
     torch.testing.assert_close(solution.value, expected, atol=1e-10, rtol=0)
+
+
+def test_an_input_of_as_many_rows_as_samples_that_is_not_theirs_keeps_them_in() -> None:
+    """One row of it would be broadcast, and agree; several do not fit."""
+    rates = torch.linspace(0.05, 0.99, 8, dtype=torch.float64).unsqueeze(1)
+    x = torch.linspace(-1, 1, 64, dtype=torch.float64).reshape(8, 8)
+    gain = torch.ones(8, dtype=torch.float64)  # of the eight elements of a sample
+
+    def f(y: torch.Tensor, x: torch.Tensor, r: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(r * y * g) + x
+
+    y0 = torch.zeros(8, 8, dtype=torch.float64)
+    together = implicit.fixed_point(f, y0, args=(x, rates, gain))
+    closed = implicit.fixed_point(lambda y: f(y, x, rates, gain), y0)
+    assert together.converged.all()
+    torch.testing.assert_close(together.value, closed.value, rtol=0, atol=0)
+
+
+def test_a_map_that_insists_on_its_batch_keeps_all_in() -> None:
+    rates = torch.linspace(0.05, 0.99, 8, dtype=torch.float64).unsqueeze(1)
+
+    def f(y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        assert len(y) == 8, "this network was built for eight samples"
+        return torch.tanh(r * y) + 1
+
+    solution = implicit.fixed_point(f, torch.zeros(8, 3, dtype=torch.float64), args=(rates,))
+    assert solution.converged.all()

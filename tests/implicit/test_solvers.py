@@ -872,3 +872,52 @@ def test_status_of_a_sample() -> None:
     assert Status(solution.status[0]) is Status.CONVERGED
     with pytest.raises(ValueError, match="not a valid Status"):
         Status(torch.zeros(2))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e3, 1e20])
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Broyden(memory=3)], ids=repr)
+def test_a_warm_start_does_not_depend_on_the_scale(solver: implicit.Solver, scale: float) -> None:
+    """Also for a sample whose last pairs are of length zero, as it settled before the other."""
+    w, r = torch.linalg.qr(random(6, 6, seed=7))[0], torch.tensor([[0.3], [0.97]]).double()
+    x, y0 = random(2, 6, seed=8), torch.zeros(2, 6, dtype=torch.float64)
+    stop = Tolerance(rtol=1e-8, atol=0.0, max_steps=200)
+
+    def f(y: Tensor) -> Tensor:
+        return scale * torch.tanh(r * (y / scale @ w + x))
+
+    with torch.no_grad():
+        cold = fixed_point(f, y0, solver=solver, stop=stop, keep_memory=True)
+        warm = fixed_point(f, y0, solver=solver, stop=stop, memory=cold.memory)
+    assert warm.converged.all()
+    torch.testing.assert_close(warm.value / scale, cold.value / scale, rtol=1e-6, atol=1e-7)
+    assert warm.evaluations.sum() <= cold.evaluations.sum()
+
+
+def writes_to_its_input(y: Tensor) -> Tensor:
+    return y.mul_(0.5).add_(1)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+def test_a_map_that_writes_to_its_input_is_told(
+    solver: implicit.Solver, shape: tuple[int, ...]
+) -> None:
+    with torch.no_grad(), pytest.raises(implicit.StateError, match="wrote to the state"):
+        fixed_point(writes_to_its_input, torch.zeros(shape), solver=solver)
+
+
+def test_a_map_that_uses_its_output_again_is_told() -> None:
+    buffer = torch.empty(2, 2)
+    with torch.no_grad(), pytest.raises(implicit.StateError, match="return a clone"):
+        fixed_point(lambda y: torch.cos(y, out=buffer), torch.zeros(2, 2), solver=Naive())
+
+
+def test_bptt_through_newton_krylov_says_what_to_use() -> None:
+    for solver in (NewtonKrylov(), implicit.Best(NewtonKrylov())):
+        with pytest.raises(ValueError, match="Naive, Anderson or Broyden"):
+            fixed_point(torch.cos, torch.zeros(1, 1), solver=solver, gradient=implicit.BPTT())
+
+
+def test_args_must_be_a_tuple() -> None:
+    with pytest.raises(TypeError, match=r"args=\(x,\)"):
+        fixed_point(lambda y, x: y * x, torch.zeros(2, 1), args=torch.ones(2, 1))  # type: ignore[arg-type]
