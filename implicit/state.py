@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit.autocast import autocast_dtype
-from implicit.transforms import is_wrapped
 
 State = Any
 """A tensor or a pytree of tensors, batch first."""
@@ -176,9 +175,10 @@ class FlatMap:
             return self._image(flat)
 
     def _image(self, flat: Tensor) -> Tensor:
-        written = _writes_to(flat)
+        counts = not (torch.compiler.is_compiling() or flat.is_inference())  # its writes
+        version = flat._version if counts else 0
         result = self.f(self.layout.unpack(flat), *self.args)
-        if written != _writes_to(flat):
+        if counts and flat._version != version:
             raise StateError(
                 "f wrote to the state that it was given: by an operation in place "
                 "(ReLU(inplace=True), y.add_), or because it returns a buffer that it uses again "
@@ -214,13 +214,6 @@ class FlatMap:
             and leaf.shape[0] == self.layout.batch
         )
         return leaf.index_select(0, rows.to(leaf.device)) if belongs else leaf
-
-
-def _writes_to(x: Tensor) -> int:
-    """How often ``x`` has been written to; 0 where torch does not count."""
-    if torch.compiler.is_compiling() or x.is_inference() or is_wrapped(x):
-        return 0
-    return x._version
 
 
 def _shown(spec: Any) -> str:
