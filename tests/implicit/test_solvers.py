@@ -921,3 +921,52 @@ def test_bptt_through_newton_krylov_says_what_to_use() -> None:
 def test_args_must_be_a_tuple() -> None:
     with pytest.raises(TypeError, match=r"args=\(x,\)"):
         fixed_point(lambda y, x: y * x, torch.zeros(2, 1), args=torch.ones(2, 1))  # type: ignore[arg-type]
+
+
+def test_pairs_of_an_affine_map_solve_the_next_problem_of_it_at_once() -> None:
+    """Four pairs span the state, so Anderson mixing knows the Jacobian."""
+    w, y0 = 0.8 * torch.linalg.qr(random(4, 4, seed=9))[0], torch.zeros(2, 4, dtype=torch.float64)
+    stop = Tolerance(rtol=1e-7, atol=0.0, max_steps=50)
+    cold = fixed_point(
+        lambda y: y @ w + random(2, 4, seed=10),
+        y0,
+        solver=Anderson(memory=8),
+        stop=stop,
+        keep_memory=True,
+    )
+    warm = fixed_point(
+        lambda y: y @ w + random(2, 4, seed=11),
+        y0,
+        solver=Anderson(memory=8),
+        stop=stop,
+        memory=cold.memory,
+    )
+    assert warm.converged.all()
+    assert int(warm.evaluations.max()) <= 3 < int(cold.evaluations.min())
+
+
+@pytest.mark.parametrize("memory", [3, 8])
+def test_broyden_resumes_with_the_matrix_that_its_updates_make(memory: int) -> None:
+    """``B ← B + (y − B s) sᵀ / ‖s‖²`` over the pairs that are handed on, oldest first."""
+    w, b = 0.8 * torch.linalg.qr(random(6, 6, seed=12))[0], random(2, 6, seed=13)
+    solver = Broyden(memory=memory)
+    y = torch.zeros_like(b)
+    points, residuals, state = [], [], solver.init(y)
+    with torch.no_grad():
+        for _ in range(6):
+            fy = y @ w + b
+            points.append(y.clone())
+            residuals.append(fy - y)
+            y, state = solver.step(state, y, fy, fy - y)
+        resumed = solver.resume(solver.export(state), y)
+        following, _ = solver.step(resumed, y, y @ w + b, y @ w + b - y)
+    kept = min(memory - 1, 5)  # the slot of the oldest of a full memory is taken already
+    for sample in range(2):
+        matrix = torch.eye(6, dtype=torch.float64)
+        for k in range(5 - kept, 5):
+            s = points[k + 1][sample] - points[k][sample]
+            change = residuals[k][sample] - residuals[k + 1][sample]
+            matrix = matrix + torch.outer(change - matrix @ s, s) / s.dot(s)
+        r = (y @ w + b - y)[sample]
+        expected = y[sample] + torch.linalg.solve(matrix, r)
+        torch.testing.assert_close(following[sample], expected, rtol=1e-9, atol=1e-12)
