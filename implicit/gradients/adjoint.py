@@ -205,6 +205,8 @@ class Auto(AdjointGradient):
             rest = torch.where(shorter > 0, rest, 0)
             size = torch.linalg.vector_norm(total, dim=1)
             estimate = torch.where(size > 0, rest / size, rest)
+            # Where the length of a term overflows, nothing is known of the rest.
+            estimate = torch.where(torch.isnan(estimate), torch.inf, estimate)
             error = torch.where(going, estimate, error)
             products += going
             length, ratio = shorter, now
@@ -218,23 +220,29 @@ class Auto(AdjointGradient):
         self,
         product: Map,
         v: Tensor,
-        total: Tensor,
+        summed: Tensor,
         hard: Tensor,
         error: Tensor,
         products: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The hard samples by GMRES on ``(I − A) d = v − (I − A) w``, then ``w + d``."""
-        finite = torch.isfinite(total).all(dim=1)
-        start = torch.where((hard & finite).unsqueeze(1), total, 0)
-        residual = torch.where(hard.unsqueeze(1), v - start + product(start), 0)
         size = torch.linalg.vector_norm(v, dim=1)
-        # Half the tolerance on the residual; what that means for the error is judged below.
-        allowed = torch.where(hard, 0.5 * self.rtol * size, torch.inf)
+        # From nothing where the sum has grown beyond v: what rounding left of it would stay.
+        total = torch.where(hard.unsqueeze(1), summed, 0)
+        residual = v - total + product(total)
+        length = torch.linalg.vector_norm(residual, dim=1)
+        nearer = (length < size).unsqueeze(1)
+        start = torch.where(nearer, total, 0)
+        residual = torch.where(hard.unsqueeze(1), torch.where(nearer, residual, v), 0)
+        # Half the tolerance on the residual, and less than it is now: without a product nothing
+        # would be known of the singular values.  What it means for the error is judged below.
+        now = torch.where(nearer.squeeze(1), length, size)
+        allowed = torch.where(hard, 0.5 * torch.minimum(self.rtol * size, now), torch.inf)
         dimensions, used = self.krylov, torch.zeros_like(products)
         while True:
             found = gmres(lambda d: d - product(d), residual, allowed, dimensions)
             used = used + found.products + hard
-            solved = torch.where(hard.unsqueeze(1), start + found.x, total)
+            solved = torch.where(hard.unsqueeze(1), start + found.x, summed)
             length = torch.linalg.vector_norm(solved, dim=1)
             estimate = found.residual / found.smallest
             estimate = torch.where(length > 0, estimate / length, estimate)

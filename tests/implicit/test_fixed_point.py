@@ -423,3 +423,8 @@ def test_an_error_inside_f_is_left_as_it_is() -> None:
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         fixed_point(broken, torch.zeros(1, 1))
+
+
+def test_the_map_of_a_root_must_be_callable() -> None:
+    with pytest.raises(TypeError, match="g must be callable, not 3"):
+        implicit.root(3, torch.zeros(1, 1))

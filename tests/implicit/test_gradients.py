@@ -7,6 +7,7 @@ gradient mode puts in the place of ``(I − J)⁻¹``; each is compared with its
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from implicit import (
     Tolerance,
     fixed_point,
 )
+from implicit.solution import Adjoint
 
 TIGHT = Tolerance(rtol=1e-13, atol=0.0, max_steps=500)
 EXACT = Implicit(stop=Tolerance(rtol=1e-13, atol=0.0, max_steps=500))
@@ -78,6 +80,7 @@ CLOSED = [
     JFB(),
     *(RAG(k) for k in (1, 2, 5)),
     *(Neumann(k) for k in (1, 2, 5)),
+    Phantom(3),
     Phantom(1, 0.3),
     Phantom(4, 0.5),
     Phantom(5, 1.0),
@@ -846,3 +849,178 @@ def test_implicit_knows_no_scale_in_any_dtype(scale: float, dtype: torch.dtype) 
     ).value
     (found,) = torch.autograd.grad(value, a, torch.full_like(value, scale))
     torch.testing.assert_close(found / scale, torch.tensor([8.0], dtype=dtype), rtol=1e-4, atol=0)
+
+
+# -- Auto: what it estimates, and where it goes on -----------------------------------------------
+
+
+def by_auto(
+    gradient: implicit.Auto, rates: list[list[float]], v: list[list[float]]
+) -> tuple[Tensor, Adjoint]:
+    """``(I − J)⁻¹ v`` for diagonal Jacobians, one a row, as `Auto` finds it, and its figures."""
+    j = torch.tensor(rates, dtype=torch.float64)
+    x = torch.zeros_like(j, requires_grad=True)
+    solution = fixed_point(lambda y: j * y + x, x.detach(), stop=Steps(1), gradient=gradient)
+    (w,) = torch.autograd.grad(solution.value, x, torch.tensor(v, dtype=torch.float64))
+    (figures,) = solution.adjoints
+    return w, figures
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-3])
+def test_auto_ends_where_the_geometric_series_is_near_enough(rtol: float) -> None:
+    """For ``J = aI`` the estimate is no estimate: ``|a|ⁿ⁺¹ / (1 − |a|)`` over ``|Σ aⁱ|``.
+
+    Each sample ends after its own number of terms, and goes no further with those that need more.
+    """
+    rates = [0.5, 0.3, -0.4, 0.1, 0.01]
+    gradient = implicit.Auto(rtol=rtol, terms=50)
+    w, figures = by_auto(gradient, [[a, a] for a in rates], [[3.0, -4.0]] * len(rates))
+    for i, a in enumerate(rates):
+        n, error = 1, math.inf
+        while error > rtol:
+            n += 1
+            series = sum(a**k for k in range(n + 1))
+            error = abs(a) ** (n + 1) / (1 - abs(a)) / abs(series)
+        assert int(figures.products[i]) == n
+        assert float(figures.error[i]) == pytest.approx(error, rel=1e-9)
+        assert w[i].tolist() == pytest.approx([3 * series, -4 * series], rel=1e-14)
+
+
+def test_auto_looks_at_the_slower_of_two_ratios() -> None:
+    """``v`` alternates under ``J = [[0, a], [b, 0]]``: the ratios are ``b, a, b, a, …``."""
+    a, b = 0.01, 0.6
+    j = torch.tensor([[0.0, a], [b, 0.0]], dtype=torch.float64)
+    x = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    solution = fixed_point(
+        lambda y: y @ j + x, x.detach(), stop=Steps(1), gradient=implicit.Auto(5e-3, terms=20)
+    )
+    v = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    (w,) = torch.autograd.grad(solution.value, x, v)
+    exact = torch.linalg.solve(torch.eye(2, dtype=torch.float64) - j, v.T).T
+    (figures,) = solution.adjoints
+    # After 0.01: 0.6; terms of length 0.6, 0.006, 0.0036, with q = 0.6 all the way.
+    assert figures.products.tolist() == [3]
+    assert float(figures.error) == pytest.approx(
+        0.6 * 0.01 * 0.6 * 0.6 / 0.4 / math.hypot(1.006, 0.6 * 1.006), rel=1e-9
+    )
+    assert float((w - exact).norm()) <= 5e-3 * float(exact.norm())
+
+
+def test_auto_needs_one_term_where_the_map_forgets_its_state() -> None:
+    w, figures = by_auto(implicit.Auto(), [[0.0, 0.0], [0.0, 0.0]], [[1.0, 2.0], [0.0, 0.0]])
+    assert w.tolist() == [[1, 2], [0, 0]]
+    assert figures.error.tolist() == [0, 0]
+    assert figures.products.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("terms", [1, 2, 8])
+def test_auto_solves_where_the_series_does_not_converge(terms: int) -> None:
+    """Two eigenvalues need two dimensions, and one product is for the residual of the sum.
+
+    The easy sample beside them, and the one whose series overflows, end as they do alone.
+    """
+    gradient = implicit.Auto(rtol=1e-8, terms=terms)
+    rates = [[-3.0, 2.0], [1.5, 1.5], [-1.0, -1.0], [0.0, 0.0]]
+    w, figures = by_auto(gradient, rates, [[1.0, 1.0]] * 4)
+    exact = 1 / (1 - torch.tensor(rates, dtype=torch.float64))
+    torch.testing.assert_close(w, exact, rtol=1e-8, atol=0)
+    assert figures.products.tolist() == [terms + 3, terms + 2, terms + 2, 1]
+    assert float(figures.error.max()) <= 1e-8
+
+
+def test_auto_asks_for_a_smaller_residual_where_the_error_is_not_small() -> None:
+    """``‖w − ŵ‖ ≤ ‖residual‖ / σ``: a residual of half the tolerance leaves too much by ``1/σ``."""
+    rates = [[0.5 * math.cos(k) for k in range(29)] + [0.999]]
+    v = [[1.0] * 29 + [0.1]]
+    exact = torch.tensor(v, dtype=torch.float64) / (1 - torch.tensor(rates, dtype=torch.float64))
+    for rtol in (1e-4, 1e-6):
+        w, figures = by_auto(implicit.Auto(rtol=rtol), rates, v)
+        assert rtol / 10 < float(figures.error) <= rtol, "no smaller than that needs"
+        assert float((w - exact).norm() / exact.norm()) <= rtol
+
+
+def test_auto_tells_what_it_could_not_reach() -> None:
+    """Three eigenvalues in two dimensions, beside a sample with a series of one term."""
+    gradient = implicit.Auto(rtol=1e-6, terms=2, krylov=2)
+    with pytest.warns(ConvergenceWarning, match="Auto: the gradient of 1 of 2 samples is inexact"):
+        w, figures = by_auto(gradient, [[-3.0, 2.0, 0.5], [0.0] * 3], [[1.0] * 3] * 2)
+    assert w[1].tolist() == [1, 1, 1]
+    assert figures.products.tolist() == [2 + 1 + 2, 1]
+    assert float(figures.error[0]) > 1e-6 >= float(figures.error[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [
+        (torch.float64, 1e-9),
+        (torch.float32, 1e-5),
+        (torch.float16, 2 * torch.finfo(torch.float16).eps),
+        (torch.bfloat16, 2 * torch.finfo(torch.bfloat16).eps),
+    ],
+)
+def test_implicit_ends_at_its_default_tolerance_and_not_beyond(
+    dtype: torch.dtype, rtol: float
+) -> None:
+    """On ``w = v + a w`` from ``v``, plain steps leave ``aⁿ`` of ``v`` after ``n`` evaluations."""
+    a = torch.tensor(0.5, dtype=dtype, requires_grad=True)
+    solution = fixed_point(
+        lambda y: a * y + 1, torch.zeros(1, 1, dtype=dtype), gradient=Implicit(solver=Naive())
+    )
+    solution.value.sum().backward()
+    n = 1
+    while 0.5**n / sum(0.5**i for i in range(n + 1)) > rtol:
+        n += 1
+    assert solution.adjoints[0].products.tolist() == [n]
+
+
+@pytest.mark.parametrize("gradient", [EXACT, Neumann(3), RAG(3), JFB()], ids=repr)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # by torch, of its forward-mode rules
+def test_forward_transforms_meet_the_closed_form(gradient: Gradient) -> None:
+    """A Jacobian that is not symmetric, so that ``J`` and ``Jᵀ`` differ."""
+    j, x, t = contraction(4, 0.8, seed=1), random(4, seed=2), random(4, seed=3)
+
+    def answer(x: Tensor) -> Tensor:
+        y0 = torch.zeros(1, 4, dtype=torch.float64)
+        return fixed_point(lambda y: y @ j.T + x, y0, stop=TIGHT, gradient=gradient).value[0]
+
+    wanted = put_for_the_inverse(gradient, j)
+    _, tangent = torch.func.jvp(answer, (x,), (t,))
+    torch.testing.assert_close(tangent, wanted @ t, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(torch.func.jacfwd(answer)(x), wanted, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(torch.func.jacrev(answer)(x), wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_implicit_cannot_be_differentiated_three_times() -> None:
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    value = fixed_point(lambda y: a * y.sin() + 1, torch.zeros(1, 1, dtype=torch.float64)).value
+    (first,) = torch.autograd.grad(value.sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"twice, not three times: use BPTT"):
+        torch.autograd.grad(first, a, create_graph=True)
+
+
+@pytest.mark.parametrize("rtol", [0.0, -1.0, math.inf, math.nan])
+def test_auto_needs_a_tolerance_that_can_be_met(rtol: float) -> None:
+    with pytest.raises(ValueError, match=r"Auto\(rtol=.*must be finite and positive"):
+        implicit.Auto(rtol)
+
+
+def test_auto_knows_of_a_slow_direction_that_the_gradient_hardly_has() -> None:
+    """``1e-4`` of ``v`` becomes a hundred: the residual is small from the start, the error 1."""
+    w, figures = by_auto(implicit.Auto(), [[0.0, 1 - 1e-6]], [[1.0, 1e-4]])
+    torch.testing.assert_close(
+        w, torch.tensor([[1.0, 100.0]], dtype=torch.float64), rtol=1e-3, atol=0
+    )
+    assert float(figures.error) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate"), [(torch.float32, 20.0), (torch.float32, 300.0), (torch.float64, 1e6)]
+)
+def test_auto_forgets_a_sum_that_has_grown_beyond_its_digits(
+    dtype: torch.dtype, rate: float
+) -> None:
+    """Or beyond the range of the dtype: eight terms of a map that expands so much."""
+    j = torch.tensor([[rate, 0.5]], dtype=dtype)
+    w, figures = implicit.Auto().inverse(lambda t: j * t, torch.ones_like(j), 0.0)
+    torch.testing.assert_close(w, 1 / (1 - j), rtol=2e-3, atol=1e-6)
+    assert float(figures.error) <= 1e-3

@@ -6,6 +6,7 @@ dense form: least squares by QR for Anderson, rank-one updates of a full matrix 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -970,3 +971,183 @@ def test_broyden_resumes_with_the_matrix_that_its_updates_make(memory: int) -> N
         r = (y @ w + b - y)[sample]
         expected = y[sample] + torch.linalg.solve(matrix, r)
         torch.testing.assert_close(following[sample], expected, rtol=1e-9, atol=1e-12)
+
+
+# -- Newton–Krylov and the line search, to the letter --------------------------------------------
+
+
+def literal_newton(
+    g: Callable[[float], float], slope: Callable[[float], float], y: float, n: int
+) -> list[float]:
+    """Newton's method on ``g(y) = 0`` for a number, with the search of Zhang and Hager (2004).
+
+    ``Qₖ₊₁ = η Qₖ + 1`` and ``Cₖ₊₁ = (η Qₖ Cₖ + |gₖ₊₁|) / Qₖ₊₁`` with η = 0.85; a share ``t`` of
+    the step is accepted at ``|g| ≤ (1 − 1e-4 t) C``, or after eight halvings.
+    """
+    path = []
+    weight, average = 1.0, abs(g(y))
+    while len(path) < n:
+        step, share = -g(y) / slope(y), 1.0
+        for halvings in range(9):
+            path.append(y + share * step)
+            if abs(g(path[-1])) <= (1 - 1e-4 * share) * average or halvings == 8:
+                break
+            share /= 2
+        y = path[-1]
+        average = (0.85 * weight * average + abs(g(y))) / (0.85 * weight + 1)
+        weight = 0.85 * weight + 1
+    return path[:n]
+
+
+LANDSCAPES = {
+    "overshoots": (torch.atan, math.atan, lambda y: 1 / (1 + y * y), 12.0),
+    "has-no-root": (lambda y: 1 + y * y, lambda y: 1 + y * y, lambda y: 2 * y, 1e-3),
+    "grows-for-once": (
+        lambda y: y**3 - 2 * y + 2,
+        lambda y: y**3 - 2 * y + 2,
+        lambda y: 3 * y * y - 2,
+        0.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LANDSCAPES)
+def test_newton_krylov_is_newton_with_the_search_of_zhang_and_hager(name: str) -> None:
+    """In one dimension every linear system is solved exactly by one product."""
+    g, literal, slope, start = LANDSCAPES[name]
+    n = 24
+    path = fixed_point(
+        lambda y: y - g(y),
+        torch.tensor([[start], [start]], dtype=torch.float64),
+        solver=NewtonKrylov(),
+        stop=Steps(n),
+        path=range(1, n + 1),
+    ).path
+    wanted = literal_newton(literal, slope, start, n)
+    halves = sum(abs(b - a) < abs(a) for a, b in itertools.pairwise(wanted))
+    assert halves > 0
+    for row in range(2):
+        assert [y[row].item() for y in path] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+def test_newton_krylov_solves_as_exactly_as_eisenstat_and_walker_say() -> None:
+    """Each step is the least-squares one of the smallest Krylov space within ``η ‖r‖``.
+
+    ``η = 0.9 (‖rₖ‖ / ‖rₖ₋₁‖)²``, at most 0.1, which is what the first step takes.
+    """
+    dim, n = 12, 5
+    w, b = 1.5 * random(dim, dim, seed=21) / dim**0.5, random(dim, seed=22)
+
+    def f(y: Tensor) -> Tensor:
+        return torch.tanh(y @ w + b)
+
+    y0 = random(1, dim, seed=23)
+    solution = fixed_point(
+        f, y0, solver=NewtonKrylov(forcing=0.1), stop=Steps(n), path=range(1, n + 1)
+    )
+    y, last, products, sizes = y0[0], math.inf, 0, []
+    for following in solution.path:
+        r = f(y) - y
+        length = float(r.norm())
+        allowed = min(0.1, max(1e-8, 0.9 * (length / last) ** 2)) * length
+        jacobian = torch.autograd.functional.jacobian(f, y)
+        a = torch.eye(dim, dtype=y.dtype) - jacobian
+        for size in range(1, dim + 1):
+            space = torch.stack([torch.linalg.matrix_power(a, k) @ r for k in range(size)], dim=1)
+            space, _ = torch.linalg.qr(space)
+            step = space @ torch.linalg.lstsq(a @ space, r[:, None]).solution[:, 0]
+            if float((r - a @ step).norm()) <= allowed:
+                break
+        torch.testing.assert_close(following[0], y + step, rtol=1e-6, atol=1e-8)
+        products, last, y = products + size, length, following[0]
+        sizes.append(size)
+    assert len(set(sizes)) > 2, "each system is solved as exactly as it deserves"
+    assert int(solution.evaluations) == n + products
+
+
+@pytest.mark.parametrize("forcing", [0.0, 1.0, 1.5, -0.1, math.nan])
+def test_forcing_out_of_range(forcing: float) -> None:
+    with pytest.raises(ValueError, match=r"NewtonKrylov\(forcing=.*must lie in \(0, 1\)"):
+        NewtonKrylov(forcing=forcing)
+
+
+# -- Broyden that takes steps back, to the letter ------------------------------------------------
+
+
+def literal_taking_back(residuals: list[Tensor], y: Tensor) -> list[Tensor]:
+    """Dense good Broyden on ``F = −λ r``, given the residuals that are met one after another.
+
+    One of the first five that is over four times that of the point it came from takes its step
+    back, and λ is multiplied by ``‖Δy‖ / ‖ΔF‖``, within 0.01 and 1; one that is over a hundred
+    times the least begins again from ``B = I``, as does a step that is taken back.
+    """
+    eye = torch.eye(len(y), dtype=y.dtype)
+    matrix, rate, r, path = eye, 1.0, residuals[0], [y + residuals[0]]
+    least = float(r.norm())
+    for taken, now in enumerate(residuals[1:], start=2):
+        new, length = path[-1], float(now.norm())
+        s, change = new - y, rate * (r - now)
+        if length > 100 * least:
+            matrix, least = eye, length
+        least = min(least, length)
+        if taken <= 5 and length > 4 * float(r.norm()):
+            rate *= min(1, max(0.01, float(s.norm() / change.norm())))
+            matrix, least = eye, float(r.norm())
+        else:
+            matrix = matrix + torch.outer(change - matrix @ s, s) / (s @ s)
+            y, r = new, now
+        path.append(y + torch.linalg.solve(matrix, rate * r))
+    return path
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1, 3.9, 1, 0.5, 0.2, 0.1, 0.05],
+        [1, 4.1, 3, 2, 1, 0.5, 0.2],
+        [1, 1e4, 3, 2, 1, 1, 1],
+        [1, 2, 9, 12, 1, 4.1, 30, 2],
+        [1, 0.1, 0.1, 0.1, 0.41, 0.1, 0.1],
+        [1, 0.1, 0.1, 0.1, 0.1, 0.41, 0.1],
+        [1, 5, 3, 3, 3, 3, 250, 3, 2],
+        [1, 5, 3, 3, 3, 3, 99, 3, 101, 2],
+        [1, 1, 1, 1, 1, 1, 101, 9999, 2, 150, 201, 3],
+    ],
+)
+def test_broyden_takes_steps_back_and_begins_again_as_it_is_told(lengths: list[float]) -> None:
+    """The map has a residual of its own at each evaluation, wherever it is evaluated."""
+    dim, n = 12, len(lengths)
+    directions = torch.nn.functional.normalize(random(n, dim, seed=31), dim=1)
+    residuals = list(directions * torch.tensor(lengths, dtype=torch.float64).unsqueeze(1))
+    y0, met = random(1, dim, seed=32), iter(residuals)
+    with torch.no_grad():
+        path = fixed_point(
+            lambda y: y + next(met), y0, solver=Broyden(), stop=Steps(n), path=range(1, n + 1)
+        ).path
+    for found, wanted in zip(path, literal_taking_back(residuals, y0[0]), strict=True):
+        torch.testing.assert_close(found[0], wanted, rtol=1e-7, atol=1e-7)
+
+
+def test_best_hands_on_what_its_solver_does() -> None:
+    f, _, _ = affine(6, 0.9, seed=3)
+    y0, bare = random(2, 6, seed=4), Broyden(memory=8)
+    memories = [
+        fixed_point(f, y0, solver=solver, stop=Steps(5), keep_memory=True).memory
+        for solver in (bare, implicit.Best(bare))
+    ]
+    assert memories[0].others.abs().sum() > 0
+    torch.testing.assert_close(vars(memories[1]), vars(memories[0]), rtol=0, atol=0)
+
+
+def test_solvers_that_need_the_map_cannot_begin_without_it() -> None:
+    class Elsewhere(implicit.solvers.WholeSolver):
+        def run(self, f: Any, y0: Tensor, stop: Any) -> Tensor:
+            return y0
+
+    y = torch.zeros(1, 1)
+    with pytest.raises(TypeError, match=r"needs the map itself: begin\(y, f\)"):
+        NewtonKrylov().init(y)
+    with pytest.raises(TypeError, match="runs as a whole and cannot be stepped"):
+        Elsewhere().init(y)
+    with pytest.raises(TypeError, match="runs as a whole and cannot be stepped"):
+        Elsewhere().step(None, y, y, y)
