@@ -18,7 +18,7 @@ from implicit.per_solve import renew
 from implicit.problem import Problem
 from implicit.solution import Adjoint, Solution, Status
 from implicit.solve import Outcome, solve
-from implicit.solvers import Anderson, Best, NewtonKrylov, Solver, WholeSolver
+from implicit.solvers import Anderson, Solver, WholeSolver
 from implicit.state import FlatMap, Layout, Select, State, StateError
 from implicit.stopping import Steps, Stop, Tolerance
 from implicit.transforms import is_pushing_forward, no_forward_mode, on_host
@@ -337,11 +337,10 @@ def _check_choices(f: Any, solver: Any, stop: Any, gradient: Any) -> None:
         "stop", stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-3) or implicit.Steps(20)"
     )
     check_kind("gradient", gradient, Gradient, "implicit.RAG(2)")
-    walks = solver.solver if isinstance(solver, Best) else solver
-    if gradient.tracks_path and isinstance(walks, NewtonKrylov):
+    if gradient.tracks_path and not solver.differentiable:
         raise ValueError(
-            f"{walks} cannot be differentiated step by step: use another gradient than {gradient}, "
-            "such as implicit.Implicit(), or Naive, Anderson or Broyden."
+            f"{solver} cannot be differentiated step by step: use another gradient than "
+            f"{gradient}, such as implicit.Implicit(), or Naive, Anderson or Broyden."
         )
 
 

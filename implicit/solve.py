@@ -19,7 +19,7 @@ from implicit.samples import BestSoFar, Samples
 from implicit.solution import classify
 from implicit.solvers.base import Solver, WholeSolver, take
 from implicit.state import StateError
-from implicit.stopping import Norm, Stop, Tolerance, batch_norm_of
+from implicit.stopping import Norm, Stop, Tolerance, batch_norm_of, relative_to
 from implicit.transforms import is_wrapped, on_host
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -115,7 +115,7 @@ def iterate(
         r = fy - before
         if trace or solver.keeps_best or step in (1, n):
             residual = batch_norm_of(r.detach(), "l2")
-            relative = _relative(residual, batch_norm_of(fy.detach(), "l2"))
+            relative = relative_to(batch_norm_of(fy.detach(), "l2"), residual)
             first = residual if step == 1 else first
         if trace:
             traced.append(relative)
@@ -189,18 +189,15 @@ class _Run:
         samples, norm = self.samples, self.stop.norm
         if fy.requires_grad:
             fy, r = fy.detach(), r.detach()
-        now = batch_norm_of(r, norm)
-        if self.rtol:
-            size = batch_norm_of(fy, norm)
-            allowed = torch.add(self.atol, size, alpha=self.rtol)
-        else:
-            allowed = self.atol
+        now, size = batch_norm_of(r, norm), batch_norm_of(fy, norm)
+        # Not added where it is zero: zero times an infinite size is not.
+        allowed = torch.add(self.atol, size, alpha=self.rtol) if self.rtol else self.atol
         going = now > allowed  # False for NaN too: nothing finite comes after it
         if n == 0:
             samples.first = now
-            self._check_reachable(now, allowed, fy)
+            self._check_reachable(now, allowed, size)
         if trace or self.solver.keeps_best:
-            relative = _relative(now, batch_norm_of(fy, norm))
+            relative = relative_to(size, now)
             if trace:
                 self._record(torch.where(samples.active, relative, torch.nan))
             if self.solver.keeps_best:
@@ -214,8 +211,8 @@ class _Run:
             if self.all_active and active is not None and self.still == going.shape[0]:
                 return None
         stopping = samples.active if last else samples.active & ~going
-        relative = _relative(now, batch_norm_of(fy, norm))
-        samples.stop(stopping, n, stopping & ~going & torch.isfinite(now), now, relative)
+        converged = stopping & ~going & torch.isfinite(now)
+        samples.stop(stopping, n, converged, now, relative_to(size, now))
         if self.problem.beyond is not None:
             beyond = torch.where(stopping, self.problem.beyond, 0)
             samples.evaluations = samples.evaluations + beyond
@@ -289,12 +286,11 @@ class _Run:
             relative = self._ordered([*gone, relative])
         self.traced.append(relative)
 
-    def _check_reachable(self, now: Tensor, allowed: Tensor, fy: Tensor) -> None:
+    def _check_reachable(self, now: Tensor, allowed: Tensor, size: Tensor) -> None:
         """Refuse a tolerance that rounding alone exceeds."""
         if self.rtol >= self.finest or not self.can_look:
             return
-        rounding = self.finest * batch_norm_of(fy.detach(), self.stop.norm)
-        beyond_reach = on_host((allowed < rounding) & (now > 0))
+        beyond_reach = on_host((allowed < self.finest * size) & (now > 0))
         if beyond_reach is not None and bool(beyond_reach.all()):
             raise StateError(
                 f"{self.stop} cannot be met in the dtype of this state: rounding alone leaves a "
@@ -327,7 +323,7 @@ def _solve_whole(problem: Problem, y0: Tensor, solver: WholeSolver, stop: Stop) 
     assert first is not None  # it was counted at least once, here
     count = torch.full_like(residual, calls, dtype=torch.int64)
     status = classify(converged, residual, first)
-    return Outcome(y, status, count - 1, count, residual, _relative(residual, size))
+    return Outcome(y, status, count - 1, count, residual, relative_to(size, residual))
 
 
 def _spread(y: Tensor, fy: Tensor) -> Tensor:
@@ -346,8 +342,3 @@ def _rows(flags: Tensor) -> Tensor:
 def _best(samples: Samples) -> BestSoFar:
     assert samples.best is not None
     return samples.best
-
-
-def _relative(residual: Tensor, size: Tensor) -> Tensor:
-    """The residual over ``‖f(y)‖``; 0 where both vanish."""
-    return (residual / size).masked_fill(residual == 0, 0)

@@ -26,6 +26,11 @@ def batch_norm_of(x: Tensor, norm: Norm) -> Tensor:
     return length if norm == "l2" else length / math.sqrt(max(x.shape[1], 1))
 
 
+def relative_to(size: Tensor, residual: Tensor) -> Tensor:
+    """The residual over ``size = ‖f(y)‖``; 0 where both vanish."""
+    return (residual / size).masked_fill(residual == 0, 0)
+
+
 @dataclass(frozen=True)
 class Tolerance:
     """Stop a sample when ``‖f(y) − y‖ ≤ atol + rtol·‖f(y)‖``, or after ``max_steps`` steps.

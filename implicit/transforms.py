@@ -5,8 +5,7 @@ Torch has no public way to ask, so its private names stand here and nowhere else
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,8 +61,7 @@ def is_pushing_forward() -> bool:
     return forward_ad._current_level >= 0
 
 
-@contextmanager
-def no_forward_mode() -> Iterator[None]:
+def no_forward_mode() -> AbstractContextManager[object]:
     """Keep tangents out, as ``torch.no_grad`` keeps graphs out."""
-    with forward_ad._set_fwd_grad_enabled(False):
-        yield
+    mode: AbstractContextManager[object] = forward_ad._set_fwd_grad_enabled(False)
+    return mode

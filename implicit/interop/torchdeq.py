@@ -22,7 +22,7 @@ from implicit.arguments import check_count, check_positions
 from implicit.fixed_point import fixed_point
 from implicit.solution import Solution
 from implicit.solvers import Best, Solver, WholeSolver
-from implicit.stopping import Steps, Stop, Tolerance
+from implicit.stopping import Steps, Stop, Tolerance, relative_to
 from implicit.transforms import is_in_backward
 
 try:
@@ -179,7 +179,7 @@ class _Recorder(Best):
 
     def step(self, memory: Any, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Any]:
         residual, size = (torch.linalg.vector_norm(x, dim=1) for x in (r, fy))
-        self.seen.append((residual, torch.where(residual == 0, 0, residual / size)))
+        self.seen.append((residual, relative_to(size, residual)))
         return super().step(memory, y, fy, r)
 
     def statistics(self, found: Solution, max_iter: int) -> dict[str, Tensor]:

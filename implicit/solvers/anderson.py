@@ -80,9 +80,7 @@ class Anderson(Solver):
     def resume(self, exported: ImagePairs, y: Tensor) -> _Memory:
         check_memory(self, exported, ImagePairs)
         history = SecantHistory.of(exported, y, self.memory, self.restart)
-        lengths = torch.linalg.vector_norm(history.residuals, dim=2)
-        history.scale = torch.where(lengths > 0, 1 / lengths, 0)
-        unit = history.residuals * history.scale.unsqueeze(2)
+        unit = history.normalise(history.residuals)
         history.system = torch.bmm(unit, unit.mT)
         return self._begin(history)
 

@@ -29,6 +29,11 @@ class Solver(ABC):
     keeps_best: ClassVar[bool] = False
     """Whether a sample that does not converge ends at its best iterate (see `Best`)."""
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether `BPTT` can go back through its steps."""
+        return True
+
     @abstractmethod
     def init(self, y: Tensor) -> Any:
         """The memory at the start of a solve from ``y (B, D)``.

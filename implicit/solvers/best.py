@@ -37,6 +37,10 @@ class Best(Solver):
         if isinstance(self.solver, WholeSolver):
             raise TypeError(f"Best: {self.solver} does not show its iterates.")
 
+    @property
+    def differentiable(self) -> bool:
+        return self.solver.differentiable
+
     def init(self, y: Tensor) -> Any:
         return self.solver.init(y)
 

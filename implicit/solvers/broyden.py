@@ -83,10 +83,8 @@ class Broyden(Solver):
     def resume(self, exported: PointPairs, y: Tensor) -> _Memory:
         check_memory(self, exported, PointPairs)
         history = SecantHistory.of(exported, y, self.memory, self.restart)
-        lengths = torch.linalg.vector_norm(history.others, dim=2)
-        history.scale = torch.where(lengths > 0, 1 / lengths, 0)
-        scale = history.scale.unsqueeze(2)
-        unit, changes = history.others * scale, history.residuals * scale
+        unit = history.normalise(history.others)
+        changes = history.residuals * history.unit
         # Slots are in order of time here, so that is what the triangle is of.
         history.system = torch.bmm(unit, changes.mT) + torch.bmm(unit, unit.mT).tril(-1)
         history.system.diagonal(dim1=1, dim2=2).add_((history.scale == 0).to(y.dtype))
@@ -173,6 +171,6 @@ class Broyden(Solver):
         history.limit = torch.where(failed, last * history.growth, history.limit)
         history.forget(failed)
         history.system = torch.where(failed.unsqueeze(2), memory.blank, history.system)
-        # In place, and never by multiplication with what may have overflowed.
+        # Cleared, not multiplied by zero: the step that is taken back may have overflowed.
         following.masked_fill_(failed, 0)
         return following.addcmul_(rows, history.held).addcmul_(rows, residual)

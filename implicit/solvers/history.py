@@ -103,6 +103,12 @@ class SecantHistory:
         history.others.copy_(pairs.others)
         return history
 
+    def normalise(self, measured: Tensor) -> Tensor:
+        """Set `scale` from the differences ``(B, m, D)`` that pairs are measured by; unit ones."""
+        lengths = torch.linalg.vector_norm(measured, dim=2)
+        self.scale = torch.where(lengths > 0, 1 / lengths, 0)
+        return measured * self.unit
+
     def export(self) -> tuple[Tensor, Tensor]:
         """Both differences in order of time; the oldest is gone if its slot has been taken."""
         order = torch.arange(self.size, device=self.rows.device).roll(-1 - self.slot)

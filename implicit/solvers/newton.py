@@ -60,6 +60,10 @@ class NewtonKrylov(Solver):
         if not 0 < self.forcing < 1:
             raise ValueError(f"NewtonKrylov(forcing={self.forcing}): must lie in (0, 1).")
 
+    @property
+    def differentiable(self) -> bool:
+        return False  # GMRES is not
+
     def init(self, y: Tensor) -> _Memory:
         raise TypeError("NewtonKrylov needs the map itself: begin(y, f).")
 
