@@ -41,3 +41,22 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         runpy.run_path(file, run_name="__main__")
 
     return run
+
+
+@pytest.fixture
+def refusal(command: Callable[..., None], tmp_path: Path) -> Callable[..., str]:
+    """``refusal("deq_graph", "--updates", "0")`` is the message that the command ends with.
+
+    ``{file}`` and ``{folder}`` in an argument stand for a file and a folder that exist.
+    """
+    places = {"file": tmp_path / "file", "folder": tmp_path / "folder.png"}
+
+    def message(name: str, *arguments: object) -> str:
+        places["file"].touch()
+        places["folder"].mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as stopped:
+            command(name, *(str(argument).format(**places) for argument in arguments))
+        assert str(stopped.value).startswith("error: ")
+        return str(stopped.value)
+
+    return message

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -93,8 +93,14 @@ def test_a_small_run_sharpens_and_draws(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--updates", 0), ("--output", "picture.txt"), ("--output", "/dev/null/a.png")]
+    ("arguments", "message"),
+    [
+        (("--updates", 0), "updates=0"),
+        (("--output", "picture.txt"), r"\.png"),
+        (("--output", "/dev/null/a.png"), "/dev/null"),
+    ],
 )
-def test_bad_arguments_are_told(command: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(SystemExit, match="error: "):
-        command("deq_deblurring", *arguments)
+def test_bad_arguments_are_told(
+    refusal: Callable[..., str], arguments: tuple[object, ...], message: str
+) -> None:
+    assert re.search(message, refusal("deq_deblurring", *arguments))

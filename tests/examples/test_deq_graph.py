@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -226,12 +227,6 @@ def test_half_of_the_labels_is_asked_given_the_other_half(
     ],
 )
 def test_bad_arguments_end_in_a_message(
-    command: Callable[..., None], tmp_path: Path, arguments: tuple[object, ...], message: str
+    refusal: Callable[..., str], arguments: tuple[object, ...], message: str
 ) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.png").mkdir()
-    places = {"file": tmp_path / "file", "folder": tmp_path / "folder.png"}
-    given = [str(argument).format(**places) for argument in arguments]
-    with pytest.raises(SystemExit, match=message) as stopped:
-        command("deq_graph", *given)
-    assert str(stopped.value).startswith("error: ")
+    assert re.search(message, refusal("deq_graph", *arguments))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -98,6 +99,18 @@ def walk_from(network: Any, y: Tensor, injected: Tensor, steps: int) -> Tensor:
     return y
 
 
+def assert_same(found: Tensor, expected: Tensor, network: Any) -> None:
+    """The losses, and their gradients."""
+    torch.testing.assert_close(found, expected)
+    parameters = list(network.parameters())
+    for ours, right in zip(
+        torch.autograd.grad(found, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-6)
+
+
 def loss_of(network: Any, mazes: Any, y: Tensor) -> Tensor:
     """Mean cross-entropy over the cells that are no wall."""
     on = mazes.picture[:, 0] > 0
@@ -124,14 +137,7 @@ def test_gradient_goes_through_k_applications_at_each_position(
         losses.append(loss_of(network, few, walk_from(network, state, injected, k)))
     expected = torch.stack(losses).mean()
     found = network.loss(few, deq.METHODS[method])
-    torch.testing.assert_close(found, expected)
-    parameters = list(network.parameters())
-    for ours, right in zip(
-        torch.autograd.grad(found, parameters),
-        torch.autograd.grad(expected, parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-6)
+    assert_same(found, expected, network)
 
 
 def test_baseline_has_the_losses_and_the_gradient_of_the_whole_path(
@@ -141,14 +147,7 @@ def test_baseline_has_the_losses_and_the_gradient_of_the_whole_path(
     injected = network.inject(few.picture)
     states = [walk_from(network, torch.zeros_like(injected), injected, n) for n in deq.OMEGA]
     expected = torch.stack([loss_of(network, few, y) for y in states]).mean()
-    torch.testing.assert_close(found, expected)
-    parameters = list(network.parameters())
-    for ours, right in zip(
-        torch.autograd.grad(found, parameters),
-        torch.autograd.grad(expected, parameters),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-6)
+    assert_same(found, expected, network)
 
 
 def test_all_methods_train_the_same_network_on_the_same_batches(
@@ -248,11 +247,6 @@ def test_picture_shows_a_solved_maze_with_the_longest_path(
     ],
 )
 def test_bad_arguments_end_in_a_message(
-    command: Callable[..., None], tmp_path: Path, arguments: tuple[str, ...], message: str
+    refusal: Callable[..., str], arguments: tuple[object, ...], message: str
 ) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.png").mkdir()
-    places = {"file": tmp_path / "file", "folder": tmp_path / "folder.png"}
-    with pytest.raises(SystemExit, match=message) as stopped:
-        command("deq_mazes", *(argument.format(**places) for argument in arguments))
-    assert str(stopped.value).startswith("error: ")
+    assert re.search(message, refusal("deq_mazes", *arguments))

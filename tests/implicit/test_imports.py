@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreter import in_a_fresh_interpreter
 
 import implicit
 
 HERE = Path(implicit.__file__).parent
-
-
-def in_a_fresh_interpreter(code: str) -> str:
-    """What ``code`` prints in a new Python that can import what this one can."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_import_brings_nothing_of_the_detector() -> None:

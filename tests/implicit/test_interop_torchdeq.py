@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import torchdeq
 import torchdeq.solver
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import in_a_fresh_interpreter
 from torch import Tensor
 
 import implicit
@@ -487,20 +485,6 @@ def test_what_their_solvers_cannot_do() -> None:
 
 
 # -- imports -------------------------------------------------------------------------------------
-
-
-def in_a_fresh_interpreter(code: str) -> str:
-    root = str(Path(implicit.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout
 
 
 def test_torchdeq_is_imported_where_it_is_wanted_only() -> None:
