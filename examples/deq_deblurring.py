@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def training_patches(count: int, generator: torch.Generator) -> Tensor:
     return torch.stack(patches)
 
 
+@cache  # it is asked for at every iteration
 def motion() -> Tensor:
     """``(1, 1, 7, 7)``: a camera that moved along a slope of 1 : 2 while the shutter was open."""
     kernel = torch.zeros(7, 7)
