@@ -148,10 +148,14 @@ class Auto(AdjointGradient):
 
     After ``i`` terms the rest of the series is about ``‖tᵢ‖ q / (1 − q)`` with ``q`` the ratio of
     the last terms (the larger of the last two).  Samples whose error is not below ``rtol`` of what
-    has been summed after ``terms`` terms go on with GMRES, from the sum; its error is estimated as
-    the residual over the smallest singular value that the Krylov space shows of ``I − Jᵀ``.  A
-    `ConvergenceWarning` tells when that does not suffice.  So an easy layer pays for a few
-    products and a hard one for what it needs.
+    has been summed after ``terms`` terms go on with GMRES, from the sum unless it has grown away;
+    its error is estimated as the residual over the smallest singular value that the Krylov space
+    shows of ``I − Jᵀ``.  A `ConvergenceWarning` tells when that does not suffice.  So an easy layer
+    pays for a few products and a hard one for what it needs.
+
+    Both are estimates and no bounds: a slow direction of which the incoming gradient has little
+    shows in neither until late, and the error can be far larger than what is reported, without a
+    warning.  A smaller ``rtol`` narrows the gap, and `Implicit` asks for ``1e-9`` of the residual.
 
     Args:
         rtol: estimated error of ``w``, relative.
