@@ -119,6 +119,23 @@ def test_gradient_errors_are_what_was_measured() -> None:
         assert shown == [errors[name, norm] for norm in norms]
 
 
+def test_overhead_is_what_was_measured() -> None:
+    runs = {(x["solver"], x["batch"], x["dim"], x["stop"]): x for x in results("overhead")}
+    _, *rows = table_after("Overhead")
+    assert 3 * len(rows) == len(runs)
+    for solver, size, *shown in rows:
+        batch, dim = map(int, size.strip("()").split(", "))
+        ours, fixed, peer = (
+            runs[solver, batch, dim, stop] for stop in ("Tolerance", "Steps", "torchdeq")
+        )
+        assert shown == [
+            f"{ours['ratio']:.2f}",
+            f"{fixed['ratio']:.2f}",
+            f"{ours['operations']:.0f} ({peer['operations']:.0f})",
+            f"{ours['copies']:.1f} ({peer['copies']:.1f})",
+        ]
+
+
 def test_builds_without_a_warning(tmp_path: Path) -> None:
     if importlib.util.find_spec("mkdocs") is None:
         pytest.skip('needs pip install ".[docs]"')
