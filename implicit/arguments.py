@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -14,8 +17,37 @@ def check_count(owner: str, name: str, value: Any, least: int = 1) -> None:
             ...
         ValueError: Steps(n=0): must be an integer of at least 1.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{owner}({name}={value!r}): must be an integer of at least {least}.")
+
+
+def check_number(
+    owner: str, name: str, value: Any, within: Callable[[Any], bool], where: str
+) -> None:
+    """Raise `ValueError` unless ``value`` is a finite number that lies ``within``.
+
+    Example:
+        >>> check_number("Naive", "damping", "half", lambda x: 0 < x <= 1, "in (0, 1]")
+        Traceback (most recent call last):
+            ...
+        ValueError: Naive(damping='half'): must be a finite number in (0, 1].
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and within(value)):
+        raise ValueError(f"{owner}({name}={value!r}): must be a finite number {where}.")
+
+
+def check_flag(owner: str, name: str, value: Any) -> None:
+    """Raise `ValueError` unless ``value`` is True or False.
+
+    Example:
+        >>> check_flag("Broyden", "line_search", "yes")
+        Traceback (most recent call last):
+            ...
+        ValueError: Broyden(line_search='yes'): must be True or False.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}({name}={value!r}): must be True or False.")
 
 
 def check_kind(name: str, value: Any, kind: Any, example: str) -> None:

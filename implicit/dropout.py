@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from implicit.arguments import check_number
 from implicit.per_solve import PerSolve
 
 
@@ -52,8 +53,7 @@ class SolveDropout(PerSolve):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"SolveDropout(p={p}): must lie in [0, 1).")
+        check_number("SolveDropout", "p", p, lambda x: 0 <= x < 1, "in [0, 1)")
         self.p = p
         self.announced = False
         self.kept: Tensor | None = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from implicit.arguments import check_number
 from implicit.state import State
 
 Noise = Callable[[State, torch.Generator | None], State]
@@ -43,8 +44,7 @@ class GaussianNoise:
     sigma: float
 
     def __post_init__(self) -> None:
-        if not self.sigma >= 0:
-            raise ValueError(f"GaussianNoise(sigma={self.sigma}): must not be negative.")
+        check_number("GaussianNoise", "sigma", self.sigma, lambda x: x >= 0, "of at least 0")
 
     def __call__(self, state: State, generator: torch.Generator | None = None) -> State:
         def noisy(leaf: Tensor) -> Tensor:
@@ -69,8 +69,7 @@ class NormScaledNoise:
     sigma: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma <= 1:
-            raise ValueError(f"NormScaledNoise(sigma={self.sigma}): must lie in [0, 1].")
+        check_number("NormScaledNoise", "sigma", self.sigma, lambda x: 0 <= x <= 1, "in [0, 1]")
 
     def __call__(self, state: State, generator: torch.Generator | None = None) -> State:
         def noisy(leaf: Tensor) -> Tensor:
@@ -104,8 +103,9 @@ class Perturbation:
     def __post_init__(self) -> None:
         if not callable(self.noise):
             raise TypeError(f"Perturbation: noise must be callable, not {self.noise!r}.")
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"Perturbation(probability={self.probability}): must lie in [0, 1].")
+        check_number(
+            "Perturbation", "probability", self.probability, lambda x: 0 <= x <= 1, "in [0, 1]"
+        )
         if self.entry not in ("zero-step", "one-step", "multi-step"):
             raise ValueError(
                 f"Perturbation(entry={self.entry!r}): use 'zero-step', 'one-step' or 'multi-step'."

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.arguments import check_count
+from implicit.arguments import check_count, check_number
 from implicit.solution import Solution
 from implicit.state import FlatMap, Layout, State
 
@@ -223,8 +223,7 @@ def fixed_point_correction(
         1.25
     """
     check_count("fixed_point_correction", "k", k)
-    if not 0 < gamma <= 1:
-        raise ValueError(f"fixed_point_correction(gamma={gamma}): must lie in (0, 1].")
+    check_number("fixed_point_correction", "gamma", gamma, lambda x: 0 < x <= 1, "in (0, 1]")
     if not solution.path:
         raise ValueError(
             "fixed_point_correction: the solution has no path. Ask for some of its states, as in "

@@ -131,9 +131,11 @@ class Layout:
                     f"move y0, or what is behind {name}, to one device."
                 )
             if leaf.dtype not in (dtype, autocast_dtype(self.device)):
+                other = f"start from y0 in {leaf.dtype}, or cast"
+                advice = other if leaf.is_floating_point() else "return real floating point"
                 raise StateError(
                     f"{name}(y){leaf_name} is {leaf.dtype} where y0{leaf_name} is {dtype}: "
-                    f"start from y0 in {leaf.dtype}, or cast inside {name}."
+                    f"{advice} inside {name}."
                 )
 
     def _fits(self, fy: Any) -> bool:
@@ -169,9 +171,10 @@ class FlatMap:
         return max(self.layout.eps, narrow)
 
     def __call__(self, flat: Tensor) -> Tensor:
-        if self.autocast is None:
+        device = self.layout.device
+        if autocast_dtype(device) == self.autocast:
             return self._image(flat)
-        with torch.autocast(flat.device.type, self.autocast):
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             return self._image(flat)
 
     def _image(self, flat: Tensor) -> Tensor:
@@ -228,6 +231,10 @@ def _check_leaf(name: str, leaf: Any) -> None:
             f"y0{name} is {leaf.dtype}: fixed points are solved over the real numbers. "
             "Cast it (y0.float()), or view a complex state as real (torch.view_as_real)."
         )
+    if leaf.dtype.itemsize < 2:
+        raise StateError(f"y0{name} is {leaf.dtype}, which has no arithmetic: use y0.float().")
+    if leaf.layout is not torch.strided:
+        raise StateError(f"y0{name} is {leaf.layout}: a state must be dense (y0.to_dense()).")
     if leaf.dim() == 0:
         raise StateError(
             f"y0{name} has no dimension: the first one is the batch. Use y0.reshape(1)."

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from implicit.arguments import check_count
+from implicit.arguments import check_count, check_number
 
 Norm = Literal["l2", "rms", "max"]
 
@@ -63,8 +63,8 @@ class Tolerance:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"Tolerance({name}={value}): must be finite and not negative.")
+            if value is not None:
+                check_number("Tolerance", name, value, lambda x: x >= 0, "of at least 0")
         if self.rtol == 0 and self.atol == 0:
             raise ValueError(
                 "Tolerance(rtol=0, atol=0) can never be met: give one of them, or use Steps(n)."

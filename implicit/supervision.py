@@ -11,7 +11,6 @@ DistributedDataParallel, gradient scaling, accumulation, clipping and hooks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicit.arguments import check_kind, check_positions
+from implicit.arguments import check_kind, check_number, check_positions
 from implicit.autocast import forget_casts
 from implicit.gradients import RAG, Gradient
 from implicit.gradients.graph import leaves_of
@@ -139,8 +138,7 @@ def supervise(
         (torch.Size([3, 3]), torch.Size([4, 3]), 4)
     """
     _check(f, at, gradient, solver)
-    if not (math.isfinite(loss_scale) and loss_scale > 0):
-        raise ValueError(f"supervise(loss_scale={loss_scale}): must be finite and positive.")
+    check_number("supervise", "loss_scale", loss_scale, lambda x: x > 0, "above 0")
     renew(f)
     given = [*pytree.tree_leaves(args), *parameters]
     sources = [

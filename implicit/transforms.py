@@ -42,6 +42,11 @@ def is_mapped(x: Tensor) -> bool:
     return False
 
 
+def is_batched_by_autograd(x: Tensor) -> bool:
+    """Whether ``x`` is one of many in a backward pass with ``is_grads_batched=True``."""
+    return ", Batched" in repr(torch._C._dispatch_keys(x))  # a key that has no name in Python
+
+
 def is_in_backward() -> bool:
     """Whether a backward pass is going on."""
     return torch._C._current_graph_task_id() != -1

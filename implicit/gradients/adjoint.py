@@ -11,7 +11,6 @@ application becomes ``(I − J)⁻¹ t``.
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicit.arguments import check_count, check_kind
+from implicit.arguments import check_count, check_kind, check_number
 from implicit.autocast import full_precision
 from implicit.gradients.attach import attach
 from implicit.gradients.base import Gradient, Map
@@ -31,7 +30,7 @@ from implicit.solve import solve
 from implicit.solvers import Anderson, Solver
 from implicit.state import FlatMap
 from implicit.stopping import Steps, Stop, Tolerance
-from implicit.transforms import is_mapped, is_wrapped
+from implicit.transforms import is_batched_by_autograd, is_mapped, is_wrapped
 
 
 class ConvergenceWarning(UserWarning):
@@ -126,6 +125,7 @@ class Implicit(AdjointGradient):
             check_kind("stop", self.stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-6)")
 
     def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
+        _check_single(self, v)
         stop = self.stop
         if stop is None:
             rtol = max(1e-9 if v.dtype == torch.float64 else 1e-5, 2 * eps)
@@ -178,12 +178,12 @@ class Auto(AdjointGradient):
     krylov: int = 50
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rtol) and self.rtol > 0):
-            raise ValueError(f"Auto(rtol={self.rtol}): must be finite and positive.")
+        check_number("Auto", "rtol", self.rtol, lambda x: x > 0, "above 0")
         check_count("Auto", "terms", self.terms)
         check_count("Auto", "krylov", self.krylov)
 
     def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
+        _check_single(self, v)
         if is_mapped(v):
             raise RuntimeError(
                 "Auto looks at its error to know when to end, which it cannot under "
@@ -261,6 +261,15 @@ class Auto(AdjointGradient):
             if bool((smaller < floor).logical_and(tighter).any()):
                 return solved, error, products + used
             allowed = smaller
+
+
+def _check_single(gradient: AdjointGradient, v: Tensor) -> None:
+    if is_batched_by_autograd(v):
+        raise RuntimeError(
+            f"{type(gradient).__name__} cannot solve for several gradients in one backward pass "
+            "(is_grads_batched=True, jacobian(vectorize=True)): take them one by one, or use "
+            "torch.func.vjp with torch.func.vmap, or another gradient."
+        )
 
 
 def _warn(name: str, failed: Tensor, error: Tensor) -> None:

@@ -42,7 +42,10 @@ def attach(f: Map, value: Tensor, solve: Solve, twice: bool) -> Tensor:
     if next(leaves_of(image), None) is None:
         attached = plain.detach()
     else:
-        attached = _Attached.apply(_Rule(f, value, start, image, solve, twice), plain, *closed.met)
+        # Some are met out of sight: the parameters of what torch.jit has compiled.
+        closed_over = (*closed.met, *leaves_of(image, known=closed.met))
+        rule = _Rule(f, value, start, image, solve, twice)
+        attached = _Attached.apply(rule, plain, *closed_over)
     return attached if tangent is None else forward_ad.make_dual(attached, tangent)
 
 
@@ -194,8 +197,8 @@ class _Closed(TorchFunctionMode):
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
-        self.start = start
-        self.made: dict[int, Tensor] = {id(start): start}
+        assert start.grad_fn is not None
+        self.began = start.grad_fn._sequence_nr()
         self.found: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -203,13 +206,13 @@ class _Closed(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and id(leaf) not in self.made and leaf.requires_grad:
+            if isinstance(leaf, Tensor) and leaf.requires_grad and self._is_from_outside(leaf):
                 self.found[id(leaf)] = leaf
-        result = func(*args, **kwargs)
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and id(leaf) not in self.found:
-                self.made[id(leaf)] = leaf
-        return result
+        return func(*args, **kwargs)
+
+    def _is_from_outside(self, x: Tensor) -> bool:
+        # Autograd numbers its nodes as they are made, out of sight of this mode as well.
+        return x.grad_fn is None or x.grad_fn._sequence_nr() < self.began
 
     @property
     def met(self) -> tuple[Tensor, ...]:

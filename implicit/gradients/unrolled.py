@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from implicit.arguments import check_count
+from implicit.arguments import check_count, check_number
 from implicit.gradients.base import Gradient, Map
 
 
@@ -33,8 +33,7 @@ class Phantom(Gradient):
 
     def __post_init__(self) -> None:
         check_count(type(self).__name__, "k", self.k)
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"Phantom(damping={self.damping}): must lie in (0, 1].")
+        check_number("Phantom", "damping", self.damping, lambda x: 0 < x <= 1, "in (0, 1]")
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
         y = value

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit.arguments import check_count
+from implicit.arguments import check_count, check_number
 from implicit.solvers.base import Solver, check_memory
 from implicit.solvers.history import ImagePairs, SecantHistory
 
@@ -67,12 +67,9 @@ class Anderson(Solver):
     def __post_init__(self) -> None:
         check_count("Anderson", "memory", self.memory)
         check_count("Anderson", "every", self.every)
-        if not 0 < self.mixing <= 1:
-            raise ValueError(f"Anderson(mixing={self.mixing}): must lie in (0, 1].")
-        if not self.ridge >= 0:
-            raise ValueError(f"Anderson(ridge={self.ridge}): must not be negative.")
-        if not self.restart > 1:
-            raise ValueError(f"Anderson(restart={self.restart}): must be above 1.")
+        check_number("Anderson", "mixing", self.mixing, lambda x: 0 < x <= 1, "in (0, 1]")
+        check_number("Anderson", "ridge", self.ridge, lambda x: x >= 0, "of at least 0")
+        check_number("Anderson", "restart", self.restart, lambda x: x > 1, "above 1")
 
     def init(self, y: Tensor) -> _Memory:
         return self._begin(SecantHistory.empty(y, self.memory, self.restart))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit.arguments import check_count
+from implicit.arguments import check_count, check_flag, check_number
 from implicit.solvers.base import Solver, check_memory
 from implicit.solvers.history import PointPairs, SecantHistory
 from implicit.solvers.line_search import LineSearch
@@ -74,8 +74,8 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         check_count("Broyden", "memory", self.memory)
-        if not self.restart > 1:
-            raise ValueError(f"Broyden(restart={self.restart}): must be above 1.")
+        check_number("Broyden", "restart", self.restart, lambda x: x > 1, "above 1")
+        check_flag("Broyden", "line_search", self.line_search)
 
     def init(self, y: Tensor) -> _Memory:
         return self._begin(SecantHistory.empty(y, self.memory, self.restart), y)

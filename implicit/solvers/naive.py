@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from implicit.arguments import check_number
 from implicit.solvers.base import Solver
 
 
@@ -30,8 +31,7 @@ class Naive(Solver):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"Naive(damping={self.damping}): must lie in (0, 1].")
+        check_number("Naive", "damping", self.damping, lambda x: 0 < x <= 1, "in (0, 1]")
 
     def init(self, y: Tensor) -> None:
         return None

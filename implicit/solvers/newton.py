@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.arguments import check_count
+from implicit.arguments import check_count, check_number
 from implicit.krylov import gmres
 from implicit.solvers.base import Solver, check_memory
 from implicit.solvers.line_search import LineSearch
@@ -57,8 +57,7 @@ class NewtonKrylov(Solver):
 
     def __post_init__(self) -> None:
         check_count("NewtonKrylov", "krylov", self.krylov)
-        if not 0 < self.forcing < 1:
-            raise ValueError(f"NewtonKrylov(forcing={self.forcing}): must lie in (0, 1).")
+        check_number("NewtonKrylov", "forcing", self.forcing, lambda x: 0 < x < 1, "in (0, 1)")
 
     @property
     def differentiable(self) -> bool:

@@ -685,6 +685,68 @@ def test_nothing_lives_on_after_the_backward_pass(gradient: Gradient) -> None:
         gc.enable()
 
 
+def test_twice_through_a_scripted_module() -> None:
+    """What torch.jit has compiled uses its parameters out of Python's sight."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(3, 3, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that scripting is deprecated
+        scripted: Any = torch.jit.script(linear)
+    x = random(2, 3, seed=1)
+
+    def derivatives(module: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        value = fixed_point(
+            lambda y: torch.tanh(0.3 * module(y) + x), torch.zeros_like(x), stop=TIGHT
+        ).value
+        first = torch.autograd.grad(value.square().sum(), linear.weight, create_graph=True)[0]
+        return first, torch.autograd.grad(first.square().sum(), linear.weight)[0]
+
+    for ours, plain in zip(derivatives(scripted), derivatives(linear), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-8, atol=0.0)
+
+
+@pytest.mark.parametrize("gradient", [Neumann(3), RAG(2)], ids=repr)
+def test_several_gradients_in_one_backward_pass(gradient: Gradient) -> None:
+    a, x = contraction(3, 0.5, seed=2), random(2, 3, seed=3)
+
+    def layer(x: Tensor) -> Tensor:
+        solution = fixed_point(
+            lambda y: torch.tanh(y @ a + x), torch.zeros_like(x), stop=TIGHT, gradient=gradient
+        )
+        value: Tensor = solution.value
+        return value
+
+    one_by_one = torch.autograd.functional.jacobian(layer, x)
+    together = torch.autograd.functional.jacobian(layer, x, vectorize=True)
+    torch.testing.assert_close(one_by_one, together)
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), implicit.Auto()], ids=repr)
+def test_solving_for_several_gradients_in_one_backward_pass(gradient: Gradient) -> None:
+    x = torch.zeros(2, 3, requires_grad=True)
+    value = fixed_point(lambda y: 0.5 * y + x, torch.zeros(2, 3), gradient=gradient).value
+    with pytest.raises(RuntimeError, match=r"several gradients.*is_grads_batched"):
+        torch.autograd.grad(value, x, torch.ones(4, 2, 3), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_later_evaluations_are_in_the_precision_of_the_solve(autocast: bool) -> None:
+    """The second derivative evaluates ``f`` again, in a backward pass that may be elsewhere."""
+    x, seen = torch.ones(2, 3, requires_grad=True), []
+
+    def f(y: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return 0.5 * torch.tanh(y) + x
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        value = fixed_point(f, torch.zeros(2, 3)).value
+    solved = len(seen)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not autocast):
+        torch.autograd.grad(value.sum(), x, create_graph=True)
+    assert len(seen) > solved
+    assert set(seen) == {autocast}
+
+
 # -- autocast and half precision -----------------------------------------------------------------
 
 
@@ -744,7 +806,7 @@ def test_k_must_be_a_positive_integer(kind: Any, k: Any) -> None:
 
 @pytest.mark.parametrize("damping", [0.0, -0.1, 1.1, float("nan")])
 def test_phantom_damping_out_of_range(damping: float) -> None:
-    with pytest.raises(ValueError, match=r"Phantom\(damping=.*must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"Phantom\(damping=.*must be a finite number in \(0, 1\]"):
         Phantom(2, damping)
 
 
@@ -1000,7 +1062,7 @@ def test_implicit_cannot_be_differentiated_three_times() -> None:
 
 @pytest.mark.parametrize("rtol", [0.0, -1.0, math.inf, math.nan])
 def test_auto_needs_a_tolerance_that_can_be_met(rtol: float) -> None:
-    with pytest.raises(ValueError, match=r"Auto\(rtol=.*must be finite and positive"):
+    with pytest.raises(ValueError, match=r"Auto\(rtol=.*must be a finite number above 0"):
         implicit.Auto(rtol)
 
 

@@ -313,7 +313,7 @@ def test_more_steps_in_evaluation() -> None:
         ({"stop_mode": "mixed"}, ValueError, r"ours\(stop_mode='mixed'\): use 'abs' or 'rel'"),
         ({"max_iter": 0}, ValueError, r"ours\(max_iter=0\): must be an integer of at least 1"),
         ({"max_iter": 2.5}, ValueError, r"ours\(max_iter=2\.5\)"),
-        ({"tol": -1.0}, ValueError, r"atol=-1\.0.*not negative"),
+        ({"tol": -1.0}, ValueError, r"atol=-1\.0.*at least 0"),
         ({"indexing": [50], "max_iter": 40}, ValueError, r"indexing=\(50,\).*max_iter=40"),
         ({"indexing": [0]}, ValueError, r"indexing=\(0,\).*from 1"),
         ({"m": 5}, TypeError, r"ours has no option 'm', but every, memory, mixing, restart, ridge"),

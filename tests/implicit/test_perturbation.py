@@ -414,7 +414,7 @@ def test_noise_that_orders_its_keys_otherwise_does_not_swap_leaves() -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "match"),
     [
-        (lambda: GaussianNoise(-0.1), ValueError, r"GaussianNoise\(sigma=-0\.1\).*not be negative"),
+        (lambda: GaussianNoise(-0.1), ValueError, r"GaussianNoise\(sigma=-0\.1\).*at least 0"),
         (lambda: GaussianNoise(math.nan), ValueError, r"GaussianNoise\(sigma=nan\)"),
         (lambda: NormScaledNoise(-0.1), ValueError, r"NormScaledNoise\(sigma=-0\.1\).*\[0, 1\]"),
         (lambda: NormScaledNoise(1.1), ValueError, r"NormScaledNoise\(sigma=1\.1\).*\[0, 1\]"),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -698,23 +699,39 @@ def test_a_solver_serves_many_solves(solver: implicit.Solver) -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Naive(0.0), r"Naive\(damping=0\.0\): must lie in \(0, 1\]"),
-        (lambda: Naive(1.5), r"Naive\(damping=1\.5\): must lie in \(0, 1\]"),
-        (lambda: Naive(-0.5), r"Naive\(damping=-0\.5\): must lie in \(0, 1\]"),
-        (lambda: Naive(math.nan), r"Naive\(damping=nan\): must lie in \(0, 1\]"),
+        (lambda: Naive(0.0), r"Naive\(damping=0\.0\): must be a .* in \(0, 1\]"),
+        (lambda: Naive(1.5), r"Naive\(damping=1\.5\): must be a .* in \(0, 1\]"),
+        (lambda: Naive(-0.5), r"Naive\(damping=-0\.5\): must be a .* in \(0, 1\]"),
+        (lambda: Naive(math.nan), r"Naive\(damping=nan\): must be a .* in \(0, 1\]"),
         (lambda: Anderson(memory=0), r"Anderson\(memory=0\): must be an integer of at least 1"),
         (lambda: Anderson(memory=-1), r"Anderson\(memory=-1\): must be an integer of at least 1"),
-        (lambda: Anderson(mixing=0.0), r"Anderson\(mixing=0\.0\): must lie in \(0, 1\]"),
-        (lambda: Anderson(mixing=2.0), r"Anderson\(mixing=2\.0\): must lie in \(0, 1\]"),
-        (lambda: Anderson(ridge=-1.0), r"Anderson\(ridge=-1\.0\): must not be negative"),
-        (lambda: Anderson(restart=1.0), r"Anderson\(restart=1\.0\): must be above 1"),
+        (lambda: Anderson(mixing=0.0), r"Anderson\(mixing=0\.0\): must be a .* in \(0, 1\]"),
+        (lambda: Anderson(mixing=2.0), r"Anderson\(mixing=2\.0\): must be a .* in \(0, 1\]"),
+        (lambda: Anderson(ridge=-1.0), r"Anderson\(ridge=-1\.0\): must be a .* of at least 0"),
+        (lambda: Anderson(restart=1.0), r"Anderson\(restart=1\.0\): must be a .* above 1"),
         (lambda: Broyden(memory=0), r"Broyden\(memory=0\): must be an integer of at least 1"),
-        (lambda: Broyden(restart=0.5), r"Broyden\(restart=0\.5\): must be above 1"),
+        (lambda: Broyden(restart=0.5), r"Broyden\(restart=0\.5\): must be a .* above 1"),
+        (lambda: Naive("half"), r"Naive\(damping='half'\): must be a finite number"),  # type: ignore
+        (lambda: Naive(True), r"Naive\(damping=True\): must be a finite number"),
+        (lambda: Anderson(ridge=math.inf), r"Anderson\(ridge=inf\): must be a finite number"),
+        (
+            lambda: Broyden(line_search="yes"),  # type: ignore
+            r"Broyden\(line_search='yes'\): must be True or False",
+        ),
     ],
 )
 def test_options_out_of_range(make: Callable[[], Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    options: dict[str, Any] = {"memory": np.int64(3), "mixing": np.float32(0.5)}
+    steps: Any = np.int64(5)
+    f, y0 = torch.cos, torch.ones(2, 1)
+    numpys = fixed_point(f, y0, solver=Anderson(**options), stop=Steps(steps))
+    ours = fixed_point(f, y0, solver=Anderson(memory=3, mixing=0.5), stop=Steps(5))
+    assert torch.equal(numpys.value, ours.value)
 
 
 @pytest.mark.parametrize("kind", [Anderson, Broyden])
@@ -1067,7 +1084,7 @@ def test_newton_krylov_solves_as_exactly_as_eisenstat_and_walker_say() -> None:
 
 @pytest.mark.parametrize("forcing", [0.0, 1.0, 1.5, -0.1, math.nan])
 def test_forcing_out_of_range(forcing: float) -> None:
-    with pytest.raises(ValueError, match=r"NewtonKrylov\(forcing=.*must lie in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"NewtonKrylov\(forcing=.*must be a .* in \(0, 1\)"):
         NewtonKrylov(forcing=forcing)
 
 

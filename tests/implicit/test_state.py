@@ -201,6 +201,8 @@ def test_state_without_elements_is_solved_at_once() -> None:
         (torch.tensor(1.0), r"y0 has no dimension.*batch.*reshape\(1\)"),
         (torch.zeros(0, 3), r"y0 has shape \(0, 3\): the batch is empty"),
         ((torch.zeros(2, 3), torch.zeros(3, 3)), r"y0\[1\] has 3 samples and y0\[0\] has 2"),
+        (torch.zeros(2, 3, dtype=torch.float8_e5m2), r"y0 is torch\.float8_e5m2.*y0\.float\(\)"),
+        (torch.zeros(2, 3).to_sparse(), r"y0 is torch\.sparse_coo.*to_dense"),
         (
             {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3, device="meta")},
             r"y0\['b'\] is on meta and y0\['a'\] on cpu: move the whole state",
