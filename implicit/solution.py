@@ -126,6 +126,6 @@ class Solution:
 
 def classify(converged: Tensor, residual: Tensor, first: Tensor) -> Tensor:
     """Status of each sample from its last residual and its first, all ``(B,)``."""
-    diverged = ~torch.isfinite(residual) | (residual > 10 * first)
-    status = torch.full_like(residual, Status.STOPPED, dtype=torch.int64)
-    return status.masked_fill(diverged, Status.DIVERGED).masked_fill(converged, Status.CONVERGED)
+    kept = residual <= (10 * first).clamp(max=torch.finfo(first.dtype).max)  # False for NaN too
+    failed = torch.where(kept, int(Status.STOPPED), int(Status.DIVERGED))
+    return failed.masked_fill(converged, int(Status.CONVERGED))

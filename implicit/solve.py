@@ -211,7 +211,7 @@ class _Run:
             if self.all_active and active is not None and self.still == going.shape[0]:
                 return None
         stopping = samples.active if last else samples.active & ~going
-        converged = stopping & ~going & torch.isfinite(now)
+        converged = stopping & ~going & (now < torch.inf)
         samples.stop(stopping, n, converged, now, relative_to(size, now))
         if self.problem.beyond is not None:
             beyond = torch.where(stopping, self.problem.beyond, 0)

@@ -9,6 +9,7 @@ Phys. 306, 2016.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -98,10 +99,17 @@ class Anderson(Solver):
         return following, memory
 
     def _begin(self, history: SecantHistory) -> _Memory:
-        newest = max(self.ridge, 10 * torch.finfo(history.rows.dtype).eps)
-        ages = torch.arange(self.memory - 1, -1, -1, device=history.rows.device)
-        ridges = (newest * AGING ** ages.to(history.rows.dtype)).clamp(max=MOST_RIDGE)
-        return _Memory(history, (1 + ridges).repeat(len(history.limit), 2))
+        like = history.scale
+        newest = math.log(max(self.ridge, 10 * torch.finfo(like.dtype).eps), AGING)
+        ridges = torch.logspace(
+            newest + self.memory - 1,
+            newest,
+            self.memory,
+            AGING,
+            dtype=like.dtype,
+            device=like.device,
+        )
+        return _Memory(history, ridges.clamp_(max=MOST_RIDGE).add_(1).repeat(len(like), 2))
 
     def _update(self, history: SecantHistory, pushed: bool) -> Tensor | None:
         """Put the newest pair into the normal equations; their right-hand side ``(B, n, 1)``.

@@ -53,8 +53,8 @@ class SecantHistory:
         scale: ``(B, m)``: one over the length of what each pair is measured by; 0 where a sample
             has forgotten its pair (`restart`).
         system: ``(B, m, m)``, written by the solver, for pairs of unit length.
-        growth: ``(B, 1)``: how far a residual may exceed the least since the last restart.
-        limit: ``(B, 1)``: that least residual times ``growth``.
+        limit: ``(B, 1)``: the least residual since the last restart times ``growth``.
+        growth: how far a residual may exceed that least one.
         size: ``m``, the number of slots.
         filled: slots that have ever held a pair.
         slot: that of the newest pair.
@@ -64,8 +64,8 @@ class SecantHistory:
     rows: Tensor
     scale: Tensor
     system: Tensor
-    growth: Tensor
     limit: Tensor
+    growth: float
     size: int
     filled: int = 0
     slot: int = -1
@@ -82,8 +82,8 @@ class SecantHistory:
             rows=y.new_empty(batch, 2 * memory + 1, dim),
             scale=y.new_zeros(batch, memory),
             system=y.new_zeros(batch, memory, memory),
-            growth=y.new_full((batch, 1), growth),
             limit=y.new_full((batch, 1), torch.inf),
+            growth=growth,
             size=memory,
         )
 
