@@ -15,7 +15,8 @@ from rich.table import Table
 
 import implicit
 from benchmarks.measure import machine, saved_bytes
-from detection.decoder.layer import LayerConfig, Queries, RefinementLayer
+from detection.decoder.layer import LayerConfig, RefinementLayer
+from detection.decoder.queries import Queries
 from detection.models.queries import LearnedQueries
 
 STEPS = 20

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: if the file is missing, damaged, of another kind or of another version.
     """
-    path = _existing(path)
+    path = existing(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = _read_header(path, file.metadata() or {})
@@ -109,7 +109,7 @@ def load_training_state(path: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: if there is none, or it is damaged, of another version, or holds code.
     """
-    path = _existing(training_path(path))
+    path = existing(training_path(path))
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -144,7 +144,7 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             if name in weights and weights[name].shape != tensor.shape
         ],
     }
-    if found := [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]:
+    if found := [f"{kind}: {first_few(names)}" for kind, names in problems.items() if names]:
         raise CheckpointError(
             f"The checkpoint does not fit the model: {'; '.join(found)}. "
             "Build the model from the configuration in the checkpoint."
@@ -234,7 +234,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _existing(path: Path | str) -> Path:
+def existing(path: Path | str) -> Path:
+    """The path of a file, or `CheckpointError` if it is none."""
     path = Path(path)
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -261,5 +262,6 @@ def _check_version(path: Path, version: object) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
+    """Some of a list of names, and how many there are in all."""
     return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +18,8 @@ from detection.boxes import decode_position
 from detection.decoder.attention import BoxBiasedAttention
 from detection.decoder.embedding import PositionEmbedding
 from detection.decoder.mixing import AdaptiveMixing
+from detection.decoder.queries import Queries, QueryLayer, output_head
 from detection.decoder.sampling import Sampling3D
-
-
-class Queries(NamedTuple):
-    """The state that is refined: one position, content and box per query (paper, Eq. 2).
-
-    Attributes:
-        position: ``(B, N, 4)``, (x, y, z, r): centre in pixels, log2 size, log2 aspect.
-        content: ``(B, N, C)``.
-        boxes: ``(B, N, 4)`` corners in pixels.  They are those of the position, but for the
-            corners that noise has moved past each other: attention sees these as they are.
-    """
-
-    position: Tensor
-    content: Tensor
-    boxes: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,8 +54,8 @@ class LayerConfig:
                 raise ValueError(f"LayerConfig({name}={value}): must be at least 1.")
 
 
-class RefinementLayer(nn.Module):
-    """Refines object queries once: the ``f`` of ``y ← f(x, y)``.
+class RefinementLayer(QueryLayer):
+    """Refines object queries once, by features sampled around their boxes.
 
     Example:
         >>> config = LayerConfig(
@@ -103,8 +88,8 @@ class RefinementLayer(nn.Module):
             nn.Linear(config.ffn_channels, c),
         )
         self.ffn_norm = nn.LayerNorm(c)
-        self.class_head = _head(c, config.num_classes)
-        self.box_head = _head(c, 4)
+        self.class_head = output_head(c, config.num_classes)
+        self.box_head = output_head(c, 4)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -141,12 +126,3 @@ class RefinementLayer(nn.Module):
         return torch.cat(
             [position[..., :2] + delta[..., :2] * size, position[..., 2:] + delta[..., 2:]], dim=-1
         )
-
-
-def _head(channels: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(channels, channels),
-        nn.LayerNorm(channels),
-        nn.ReLU(inplace=True),
-        nn.Linear(channels, outputs),
-    )

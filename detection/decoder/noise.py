@@ -12,7 +12,7 @@ import torch
 
 import implicit
 from detection.boxes import perturb_boxes
-from detection.decoder.layer import Queries
+from detection.decoder.queries import Queries
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import implicit
 from detection.decoder.layer import LayerConfig
+from detection.decoder.sparse_rcnn import SparseRCNNLayerConfig
 
 Solver = implicit.Naive | implicit.Anderson | implicit.Broyden
 Gradient = implicit.RAG | implicit.JFB | implicit.Neumann | implicit.Phantom | implicit.Implicit
@@ -60,11 +61,12 @@ class RecurrentConfig:
 
     Args:
         steps: layer calls in all, the initialisation layer's included (``NF`` of Table 2).
-        initial_points: sampling points per group of the initialisation layer.
+        initial_points: sampling points per group of the initialisation layer; by default as
+            many as of the refinement layer.
     """
 
     steps: int = 6
-    initial_points: int = 32
+    initial_points: int | None = None
 
     def __post_init__(self) -> None:
         _positive("decoder.steps", self.steps)
@@ -95,7 +97,10 @@ class EquilibriumConfig:
     Args:
         train_steps: ``T`` of the path in training.
         steps: solver steps at inference.
-        initial_points: sampling points per group of the initialisation layer.
+        initial: whether the initialisation layer has weights of its own, or is the refinement
+            layer itself (first row of Table 4a).
+        initial_points: sampling points per group of an initialisation layer of its own; by
+            default as many as of the refinement layer.
         extra_supervision: ``h``, refinements supervised directly on top of the initialisation
             layer (Table 4b).
         multiples: ``m`` of the supervision positions ``Ω = {1, C, …, mC, T}`` (Eq. 12).
@@ -107,7 +112,8 @@ class EquilibriumConfig:
 
     train_steps: int = 20
     steps: int = 25
-    initial_points: int = 32
+    initial: Literal["own", "shared"] = "own"
+    initial_points: int | None = None
     extra_supervision: int = 2
     multiples: int = 4
     spacing: int = 3
@@ -120,6 +126,11 @@ class EquilibriumConfig:
         _positive("decoder.steps", self.steps)
         _positive("decoder.initial_points", self.initial_points)
         _positive("decoder.extra_supervision", self.extra_supervision, least=0)
+        if self.initial == "shared" and self.initial_points is not None:
+            raise ValueError(
+                "decoder.initial_points: there is no initialisation layer to have them "
+                "(decoder.initial='shared')."
+            )
         _ = self.positions
 
     @property
@@ -129,6 +140,7 @@ class EquilibriumConfig:
 
 
 DecoderConfig = EquilibriumConfig | RecurrentConfig | StackedConfig
+AnyLayerConfig = LayerConfig | SparseRCNNLayerConfig
 
 
 @dataclass(frozen=True)
@@ -138,22 +150,28 @@ class ModelConfig:
     Args:
         backbone: image features.
         neck: brings them to ``layer.feature_channels``.
-        layer: the refinement layer; ``layer.points`` are those of the refinement, and
-            ``layer.num_classes`` is the number of classes of the data.
+        layer: the refinement layer, of AdaMixer or of Sparse R-CNN; ``layer.num_classes`` is the
+            number of classes of the data.
         decoder: how that layer is iterated, which is what makes it DEQDet, RNNDet or AdaMixer.
         num_queries: object queries per image.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     neck: NeckConfig = field(default_factory=NeckConfig)
-    layer: LayerConfig = field(default_factory=LayerConfig)
+    layer: AnyLayerConfig = field(default_factory=LayerConfig)
     decoder: DecoderConfig = field(default_factory=EquilibriumConfig)
     num_queries: int = 100
 
     def __post_init__(self) -> None:
         _positive("num_queries", self.num_queries)
+        points = getattr(self.decoder, "initial_points", None)
+        if points is not None and not isinstance(self.layer, LayerConfig):
+            raise ValueError(
+                f"decoder.initial_points={points}: the layer of Sparse R-CNN has no sampling "
+                "points. Leave it out."
+            )
 
 
-def _positive(name: str, value: int, least: int = 1) -> None:
-    if value < least:
+def _positive(name: str, value: int | None, least: int = 1) -> None:
+    if value is not None and value < least:
         raise ValueError(f"{name}={value}: must be at least {least}.")

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import implicit
-from detection.decoder.layer import LayerConfig, Queries, RefinementLayer
+from detection.decoder.layer import LayerConfig, RefinementLayer
 from detection.decoder.noise import BoxNoise, ContentNoise
+from detection.decoder.queries import Queries, QueryLayer
+from detection.decoder.sparse_rcnn import SparseRCNNLayer
 from detection.models.config import (
+    AnyLayerConfig,
     DecoderConfig,
     EquilibriumConfig,
     PerturbationConfig,
@@ -125,9 +128,9 @@ class _Scores:
 class StackedDecoder(Decoder):
     """AdaMixer: every layer has its own weights and is supervised."""
 
-    def __init__(self, layer: LayerConfig, config: StackedConfig) -> None:
+    def __init__(self, layer: AnyLayerConfig, config: StackedConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(RefinementLayer(layer) for _ in range(config.layers))
+        self.layers = nn.ModuleList(build_layer(layer) for _ in range(config.layers))
 
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
         for layer in self.layers:
@@ -150,11 +153,11 @@ class StackedDecoder(Decoder):
 class RecurrentDecoder(Decoder):
     """RNNDet: an initialisation layer, then one layer again and again; BPTT, all supervised."""
 
-    def __init__(self, layer: LayerConfig, config: RecurrentConfig) -> None:
+    def __init__(self, layer: AnyLayerConfig, config: RecurrentConfig) -> None:
         super().__init__()
         self.steps = config.steps
-        self.initial = RefinementLayer(replace(layer, points=config.initial_points))
-        self.refinement = RefinementLayer(layer)
+        self.initial = build_layer(layer, config.initial_points)
+        self.refinement = build_layer(layer)
 
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
         queries = self.initial(queries, features)
@@ -183,12 +186,18 @@ class EquilibriumDecoder(Decoder):
     the perturbed path that starts at the detached output of ``g``, at the positions ``Ω``.
     """
 
-    def __init__(self, layer: LayerConfig, config: EquilibriumConfig) -> None:
+    def __init__(self, layer: AnyLayerConfig, config: EquilibriumConfig) -> None:
         super().__init__()
         self.config = config
-        self.initial = RefinementLayer(replace(layer, points=config.initial_points))
-        self.refinement = RefinementLayer(layer)
+        own = config.initial == "own"
+        self.initial = build_layer(layer, config.initial_points) if own else None
+        self.refinement = build_layer(layer)
         self.perturbation = _perturbations(config.perturbation)
+
+    @property
+    def first(self) -> QueryLayer:
+        """What is called first: the initialisation layer, if there is one of its own."""
+        return self.refinement if self.initial is None else self.initial
 
     def forward(
         self,
@@ -210,7 +219,7 @@ class EquilibriumDecoder(Decoder):
         """
         solution = implicit.fixed_point(
             self.refinement,
-            self.initial(queries, features),
+            self.first(queries, features),
             solver=solver or self.config.solver,
             stop=stop or implicit.Steps(self.config.steps),
             gradient=implicit.JFB(),
@@ -220,8 +229,8 @@ class EquilibriumDecoder(Decoder):
         return _read(self.refinement, solution.value)._replace(residual=solution.trace)
 
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
-        start = self.initial(queries, features)
-        yield _read(self.initial, start)
+        start = self.first(queries, features)
+        yield _read(self.first, start)
         solution = implicit.fixed_point(
             self.refinement,
             start,
@@ -242,8 +251,8 @@ class EquilibriumDecoder(Decoder):
         generator: torch.Generator | None = None,
     ) -> Supervised:
         scores = _Scores(criterion)
-        start = self.initial(queries, features)
-        scores.add("init", _read(self.initial, start))
+        start = self.first(queries, features)
+        scores.add("init", _read(self.first, start))
         chained = start
         for n in range(1, self.config.extra_supervision + 1):
             chained = self.refinement(chained, features)
@@ -270,7 +279,14 @@ class EquilibriumDecoder(Decoder):
         return scores.supervised(path.loss)
 
 
-def build_decoder(layer: LayerConfig, config: DecoderConfig) -> Decoder:
+def build_layer(config: AnyLayerConfig, points: int | None = None) -> QueryLayer:
+    """The layer that a configuration stands for; AdaMixer's with other ``points`` if given."""
+    if isinstance(config, LayerConfig):
+        return RefinementLayer(config if points is None else replace(config, points=points))
+    return SparseRCNNLayer(config)
+
+
+def build_decoder(layer: AnyLayerConfig, config: DecoderConfig) -> Decoder:
     """The decoder that a configuration stands for."""
     if isinstance(config, StackedConfig):
         return StackedDecoder(layer, config)
@@ -280,7 +296,7 @@ def build_decoder(layer: LayerConfig, config: DecoderConfig) -> Decoder:
 
 
 def _read(layer: nn.Module, queries: Queries) -> Output:
-    assert isinstance(layer, RefinementLayer)
+    assert isinstance(layer, QueryLayer)
     return Output(layer.classify(queries.content), queries.boxes)
 
 

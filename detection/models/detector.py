@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detection.decoder.layer import Queries
+from detection.decoder.queries import Queries
 from detection.models.backbones import build_backbone
 from detection.models.config import ModelConfig
 from detection.models.decoders import Criterion, Output, Supervised, build_decoder

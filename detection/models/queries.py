@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detection.boxes import encode_boxes
-from detection.decoder.layer import Queries
+from detection.decoder.queries import Queries
 
 
 class LearnedQueries(nn.Module):

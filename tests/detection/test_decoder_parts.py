@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from detection.boxes import decode_position, encode_boxes
 from detection.decoder.attention import BoxBiasedAttention
 from detection.decoder.embedding import PositionEmbedding
-from detection.decoder.layer import LayerConfig, Queries, RefinementLayer
+from detection.decoder.layer import LayerConfig, RefinementLayer
 from detection.decoder.mixing import AdaptiveMixing
+from detection.decoder.queries import Queries
 from detection.decoder.sampling import Sampling3D, sample_pyramid
 
 STRIDES = (4, 8, 16, 32)

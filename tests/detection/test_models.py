@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import implicit
 from detection.data.types import Target
-from detection.decoder.layer import LayerConfig, Queries, RefinementLayer
+from detection.decoder.layer import LayerConfig, RefinementLayer
+from detection.decoder.queries import Queries
 from detection.models.config import (
     BackboneConfig,
     DecoderConfig,

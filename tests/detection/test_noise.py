@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from detection.boxes import encode_boxes
-from detection.decoder.layer import Queries
 from detection.decoder.noise import BoxNoise, ContentNoise
+from detection.decoder.queries import Queries
 
 numbers = cache(reference.numbers)
 

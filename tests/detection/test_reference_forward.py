@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from detection.boxes import intersection_over_foreground, perturb_boxes
-from detection.decoder.layer import Queries, RefinementLayer
+from detection.decoder.layer import RefinementLayer
+from detection.decoder.queries import Queries
 from detection.models.queries import LearnedQueries
 
 TOLERANCE = 1e-8

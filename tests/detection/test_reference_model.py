@@ -6,6 +6,8 @@ refinements.  The weights are rounded to float32, as they were there.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -14,9 +16,9 @@ import reference
 import torch
 from torch import Tensor
 
-from detection.models.config import BackboneConfig, EquilibriumConfig, ModelConfig, NeckConfig
 from detection.models.decoders import EquilibriumDecoder
 from detection.models.detector import Detector
+from detection.pretrained import load_published
 
 HEIGHT, WIDTH = 96, 128
 SEED = 404
@@ -30,34 +32,18 @@ def close(ours: Tensor, published: Tensor, tolerance: float) -> None:
 
 @cache
 def detector() -> Detector:
-    model = Detector(
-        ModelConfig(
-            BackboneConfig("resnet18", pretrained=False),
-            NeckConfig(kernel_size=3, activation=True),
-            reference.CONFIG,
-            EquilibriumConfig(steps=7, initial_points=reference.CONFIG.points),
-            num_queries=12,
-        )
-    )
+    """As `load_published` reads it, with the seven refinements of the fixture."""
     weights = reference.published_weights(SEED, "model_weights.tsv")
-    state = {}
-    for name, value in weights.items():
-        part, _, rest = name.partition(".")
-        if part == "backbone":
-            state[name] = value
-        elif part == "neck":
-            module, _, rest = rest.partition(".")
-            ours = "norm" if module == "gn_out" else "convolutions"
-            state[f"neck.{ours}.{rest.replace('conv.', '')}"] = value
-    state["queries.content"] = weights["rpn_head.init_proposal_features.weight"]
-    for index, layer in enumerate(("initial", "refinement")):
-        for name, value in weights.items():
-            mine = reference.our_name(name, f"roi_head.bbox_head.{index}.")
-            if mine is not None:
-                state[f"decoder.{layer}.{mine}"] = value
-    counts = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
-    model.load_state_dict({k: v.float() for k, v in state.items()} | counts)
-    return model.double().eval()
+    rounded = {name: value.float().double() for name, value in weights.items()}
+    counts = {
+        f"{name.removesuffix('running_var')}num_batches_tracked": torch.tensor(0)
+        for name in weights
+        if name.endswith("running_var")
+    }
+    model = load_published({**rounded, **counts})
+    assert isinstance(model.decoder, EquilibriumDecoder)
+    model.decoder.config = replace(model.decoder.config, steps=7)
+    return model
 
 
 def image() -> Tensor:
@@ -107,8 +93,7 @@ def test_detections() -> None:
 
 def test_detections_in_float32() -> None:
     """As near to the published float32 numbers as those are to the float64 ones."""
-    wanted, model = numbers("model"), Detector(detector().config).eval()
-    model.load_state_dict({k: v.float() for k, v in detector().state_dict().items()})
+    wanted, model = numbers("model"), copy.deepcopy(detector()).float()
     with torch.no_grad():
         output = model(image(), sizes())
     close(output.logits, wanted["final_logits"], 2e-5)
