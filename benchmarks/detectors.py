@@ -4,8 +4,9 @@
 
 Every detector gets the same data, backbone, queries, epochs, batches and schedule (the recipes
 ``…_digits``; AdaMixer and RNNDet have six layer calls, as in the paper) and is trained from three
-seeds, but for Sparse R-CNN's layer from one.  Two runs go on at a time, of one thread each.  Runs are kept below ``runs/detectors``: one
-that is finished is not repeated, one that was cut off goes on from its last epoch.
+seeds, but for Sparse R-CNN's layer from one.  Two runs go on at a time, of one thread each.  They
+are kept below ``runs/detectors``: one that is finished is not repeated, one that was cut off goes
+on from its last epoch.
 """
 
 from __future__ import annotations

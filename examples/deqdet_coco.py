@@ -294,14 +294,18 @@ def registry() -> tyro.constructors.ConstructorRegistry:
     def choice(
         info: tyro.constructors.PrimitiveTypeInfo,
     ) -> tyro.constructors.PrimitiveConstructorSpec[object] | None:
-        options = get_args(info.type)
+        members = get_args(info.type)
+        options = tuple(member for member in members if member is not type(None))
         if not options or not set(options) <= {*get_args(Solver), *get_args(Gradient)}:
             return None
+        optional = len(options) < len(members)
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="|".join(f"{option.__name__}(…)" for option in options),
-            instance_from_str=lambda texts: read_choice(texts[0], options),
-            is_instance=lambda value: isinstance(value, options),
+            metavar="|".join([f"{o.__name__}(…)" for o in options] + ["None"] * optional),
+            instance_from_str=lambda texts: (
+                None if optional and texts[0] == "None" else read_choice(texts[0], options)
+            ),
+            is_instance=lambda value: isinstance(value, members),
             str_from_instance=lambda value: [repr(value)],
         )
 

@@ -107,6 +107,9 @@ class EquilibriumConfig:
         spacing: ``C`` of the supervision positions.
         gradient: at each supervised position.
         solver: walks the path in training and solves at inference.
+        eval_solver: solves at inference instead, if given.
+        tolerance: relative residual at which an image is done at inference, before its ``steps``
+            have been taken; by default all are taken.
         perturbation: of the training path.
     """
 
@@ -119,6 +122,8 @@ class EquilibriumConfig:
     spacing: int = 3
     gradient: Gradient = implicit.RAG(2)
     solver: Solver = implicit.Naive()
+    eval_solver: Solver | None = None
+    tolerance: float | None = None
     perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
 
     def __post_init__(self) -> None:
@@ -131,7 +136,14 @@ class EquilibriumConfig:
                 "decoder.initial_points: there is no initialisation layer to have them "
                 "(decoder.initial='shared')."
             )
-        _ = self.positions
+        _ = self.positions, self.eval_stop
+
+    @property
+    def eval_stop(self) -> implicit.Steps | implicit.Tolerance:
+        """When refinement ends at inference."""
+        if self.tolerance is None:
+            return implicit.Steps(self.steps)
+        return implicit.Tolerance(rtol=self.tolerance, atol=0.0, max_steps=self.steps)
 
     @property
     def positions(self) -> tuple[int, ...]:

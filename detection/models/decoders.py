@@ -213,15 +213,15 @@ class EquilibriumDecoder(Decoder):
         Args:
             features: maps of the batch.
             queries: where refinement starts.
-            stop: when to stop refining; by default after ``config.steps`` steps.
+            stop: when to stop refining; by default as the configuration says.
             solver: by default the one of the configuration.
             trace: also return the relative residual of every refinement.
         """
         solution = implicit.fixed_point(
             self.refinement,
             self.first(queries, features),
-            solver=solver or self.config.solver,
-            stop=stop or implicit.Steps(self.config.steps),
+            solver=solver or self.config.eval_solver or self.config.solver,
+            stop=stop or self.config.eval_stop,
             gradient=implicit.JFB(),
             args=(features,),
             trace=trace,
@@ -234,8 +234,8 @@ class EquilibriumDecoder(Decoder):
         solution = implicit.fixed_point(
             self.refinement,
             start,
-            solver=self.config.solver,
-            stop=implicit.Steps(self.config.steps),
+            solver=self.config.eval_solver or self.config.solver,
+            stop=self.config.eval_stop,
             gradient=implicit.JFB(),
             args=(features,),
             path=range(1, self.config.steps + 1),
