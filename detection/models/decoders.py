@@ -214,13 +214,14 @@ class EquilibriumDecoder(Decoder):
             features: maps of the batch.
             queries: where refinement starts.
             stop: when to stop refining; by default as the configuration says.
-            solver: by default the one of the configuration.
+            solver: by default the one of the configuration; of another than `implicit.Naive` the
+                best iterate counts (`implicit.Best`).
             trace: also return the relative residual of every refinement.
         """
         solution = implicit.fixed_point(
             self.refinement,
             self.first(queries, features),
-            solver=solver or self.config.eval_solver or self.config.solver,
+            solver=self._safe(solver or self.config.eval_solver or self.config.solver),
             stop=stop or self.config.eval_stop,
             gradient=implicit.JFB(),
             args=(features,),
@@ -234,14 +235,20 @@ class EquilibriumDecoder(Decoder):
         solution = implicit.fixed_point(
             self.refinement,
             start,
-            solver=self.config.eval_solver or self.config.solver,
+            solver=self._safe(self.config.eval_solver or self.config.solver),
             stop=self.config.eval_stop,
             gradient=implicit.JFB(),
             args=(features,),
             path=range(1, self.config.steps + 1),
         )
-        for queries in solution.path:
+        for queries in (*solution.path[:-1], solution.value):  # which `Best` may have chosen
             yield _read(self.refinement, queries)
+
+    @staticmethod
+    def _safe(solver: implicit.Solver) -> implicit.Solver:
+        """Quasi-Newton steps may leave what the layer was trained on: the best iterate counts."""
+        plain = isinstance(solver, (implicit.Naive, implicit.Best))
+        return solver if plain else implicit.Best(solver)
 
     def losses(
         self,

@@ -566,6 +566,45 @@ def test_training_makes_the_published_number_of_calls() -> None:
     assert len(losses.losses) == 9
 
 
+@pytest.mark.parametrize("solver", [implicit.Anderson(memory=3), implicit.Broyden()], ids=repr)
+def test_inference_may_have_a_solver_and_a_tolerance_of_its_own(solver: Solver) -> None:
+    decoder, maps, start = contractive()
+    config = replace(decoder.config, eval_solver=solver, tolerance=1e-6, steps=60)
+    stop = implicit.Tolerance(rtol=1e-6, atol=0.0, max_steps=60)
+    with torch.no_grad():
+        asked = decoder(maps, start, stop=stop, solver=solver)
+        decoder.config = config
+        counts = count_calls(decoder)
+        output = decoder(maps, start, trace=True)
+    assert torch.equal(output.boxes, asked.boxes)
+    assert output.residual is not None
+    assert counts["refinement"] <= len(output.residual) + 1 < 60
+    assert bool((output.residual.nan_to_num(1).amin(dim=0) <= 1e-6).all())
+    with pytest.raises(ValueError, match=r"rtol=-1"):
+        EquilibriumConfig(tolerance=-1)
+
+
+def test_a_solver_that_flies_off_leaves_its_best_iterate() -> None:
+    decoder, maps, start = contractive()
+    first = decoder.initial
+    assert first is not None
+
+    class Wild(implicit.Broyden):
+        """Right for two steps, and then nowhere."""
+
+        def step(self, memory: object, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, object]:
+            calls.append(0)
+            return (fy if len(calls) < 3 else torch.full_like(fy, torch.inf)), memory
+
+    calls: list[int] = []
+    with torch.no_grad():
+        output = decoder(maps, start, solver=Wild(), stop=implicit.Steps(5))
+        state = first(start, maps)
+        for _ in range(2):
+            state = decoder.refinement(state, maps)
+    assert torch.equal(output.boxes, state.boxes)
+
+
 def test_the_configured_solver_walks_at_inference() -> None:
     maps, start = features(), queries()
     decoder = decoder_of(replace(EQUILIBRIUM, solver=implicit.Anderson(), steps=6))
