@@ -74,6 +74,18 @@ def test_every_example_is_told_of() -> None:
         assert f"`{script.name}`" in text
 
 
+def test_every_difference_has_a_test() -> None:
+    text = (DOCS / "differences.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+) \|$", text.split("## Two variants")[0], flags=re.MULTILINE)[2:]
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "detection").glob("*.py"))
+    assert len(rows) == 8
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row.rsplit(" | ", 1)[1])
+        assert names
+        for name in names:
+            assert f"def {name}(" in tests, name
+
+
 def table_after(heading: str) -> list[list[str]]:
     """The first table below a heading of the comparison, its head included."""
     text = (DOCS / "comparison.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]

@@ -566,6 +566,26 @@ def test_training_makes_the_published_number_of_calls() -> None:
     assert len(losses.losses) == 9
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_loss_is_an_ordinary_scalar(name: str) -> None:
+    """Nothing is propagated before ``backward``; a scaled loss has a scaled gradient."""
+    decoder, maps, start = decoder_of(DECODERS[name]), features(), queries()
+    leaves = [feature.detach().requires_grad_() for feature in maps]
+
+    def loss() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return decoder.losses(leaves, start, criterion(dtype=torch.float64), generator).total
+
+    wanted = torch.autograd.grad(loss(), [*leaves, *decoder.parameters()])
+    total = loss()
+    assert total.shape == () and total.grad_fn is not None
+    assert all(p.grad is None for p in (*leaves, *decoder.parameters()))
+    (0.25 * total + loss() * 2).backward()
+    for parameter, gradient in zip((*leaves, *decoder.parameters()), wanted, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 2.25 * gradient, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("solver", [implicit.Anderson(memory=3), implicit.Broyden()], ids=repr)
 def test_inference_may_have_a_solver_and_a_tolerance_of_its_own(solver: Solver) -> None:
     decoder, maps, start = contractive()

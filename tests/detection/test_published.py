@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,15 @@ import numpy as np
 import pytest
 import reference
 import torch
+from published_models import LAYER, MODELS, model, published, saved
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging
 
 import implicit
 from detection.checkpoints import CheckpointError
-from detection.decoder.layer import LayerConfig
 from detection.models.config import (
     BackboneConfig,
-    DecoderConfig,
-    EquilibriumConfig,
     ModelConfig,
-    NeckConfig,
-    StackedConfig,
 )
 from detection.models.decoders import EquilibriumDecoder
 from detection.models.detector import Detector
@@ -36,7 +32,7 @@ from detection.pretrained import (
     load_detector,
     load_published,
 )
-from detection.published import START_BOXES, Plan, convert, plan, published_name
+from detection.published import START_BOXES, Plan, convert, plan
 from detection.recipes import recipe
 
 LISTS = {
@@ -48,17 +44,6 @@ LISTS = {
 }
 """State dicts of the published configurations, and our recipes of them."""
 
-LAYER = LayerConfig(
-    content_dim=32,
-    feature_channels=64,
-    heads=4,
-    groups=2,
-    points=6,
-    out_points=10,
-    ffn_channels=24,
-    num_classes=3,
-)
-
 
 def listed(name: str) -> dict[str, Tensor]:
     """Tensors of the shapes of a list, without contents."""
@@ -67,44 +52,6 @@ def listed(name: str) -> dict[str, Tensor]:
         tensor, sizes, dtype = line.split("\t")[:3]
         shape = () if sizes == "scalar" else tuple(int(size) for size in sizes.split("x"))
         weights[tensor] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    return weights
-
-
-def small(decoder: DecoderConfig, neck: NeckConfig | None = None) -> ModelConfig:
-    return ModelConfig(
-        BackboneConfig("resnet18", pretrained=False),
-        neck or NeckConfig(kernel_size=3, activation=True),
-        LAYER,
-        decoder,
-        num_queries=5,
-    )
-
-
-MODELS = {
-    "DEQDet": small(EquilibriumConfig(steps=21)),
-    "another first layer": small(EquilibriumConfig(steps=21, initial_points=9)),
-    "no first layer": small(EquilibriumConfig(steps=21, initial="shared")),
-    "AdaMixer": small(StackedConfig(layers=3)),
-    "1×1 neck": small(EquilibriumConfig(steps=21), NeckConfig()),
-}
-
-
-@cache
-def model(name: str) -> Detector:
-    torch.manual_seed(0)
-    made = Detector(MODELS[name]).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return made
-
-
-def published(name: str) -> dict[str, Tensor]:
-    """The weights of `model` as the published code would have saved them."""
-    made = model(name)
-    weights = {published_name(k, made.config): v for k, v in made.state_dict().items()}
-    weights[START_BOXES] = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(5, 1)
-    weights["roi_head.bbox_head.0.instance_interactive_conv.fc_layer.bias"] = torch.ones(4)
     return weights
 
 
@@ -204,11 +151,6 @@ def test_patch_merging_of_swin_is_rearranged() -> None:
 
 
 # -- files ---------------------------------------------------------------------------------------
-
-
-def saved(path: Path, weights: dict[str, Tensor], **more: Any) -> Path:
-    torch.save({"meta": {"epoch": 12}, "state_dict": weights, **more}, path)
-    return path
 
 
 def test_a_file_with_mmengines_records_is_read(tmp_path: Path) -> None:
@@ -335,21 +277,27 @@ def test_another_architecture_is_refused(name: str) -> None:
 
 
 class Payload:
-    ran = False
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> Any:
-        return exec, ("import test_published; test_published.Payload.ran = True",)
+        return os.mkdir, (str(self.folder),)
 
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path.parent / "proof")))
+    assert (tmp_path.parent / "proof").is_dir()  # that it would run
+    evil = Payload(tmp_path.parent / "evil")
     whole = saved(tmp_path / "whole.pth", published("DEQDet")).read_bytes()
     files = {
         "cut.pth": whole[: len(whole) // 2],
         "text.pth": b"not a checkpoint",
         "empty.pth": b"",
-        "code.pth": pickle.dumps({"state_dict": Payload()}),
+        "code.pth": pickle.dumps({"state_dict": evil}),
     }
-    torch.save({"state_dict": Payload()}, tmp_path / "zipcode.pth")
+    torch.save({"state_dict": evil}, tmp_path / "zipcode.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"state_dict": {"a": 3}}, tmp_path / "number.pth")
     for name, content in files.items():
@@ -364,7 +312,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         load_published(tmp_path / "nowhere.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         load_published(tmp_path)
-    assert not Payload.ran
+    assert not evil.folder.exists()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
