@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from detection.decoder.layer import LayerConfig, RefinementLayer
+from detection.models.config import ModelConfig
+from detection.published import published_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -23,28 +25,6 @@ CONFIG = LayerConfig(
     num_classes=7,
 )
 """Of the fixtures' initialisation and refinement layer."""
-
-NAMES = {
-    "iof_tau": "attention.tau",
-    "attention.attn.in_proj_weight": "attention.project_in.weight",
-    "attention.attn.in_proj_bias": "attention.project_in.bias",
-    "attention.attn.out_proj": "attention.project_out",
-    "attention_norm": "attention_norm",
-    "sampling_n_mixing.sampling_offset_generator.0": "sampling.offset",
-    "sampling_n_mixing.adaptive_mixing.parameter_generator.0": "mixing.generator",
-    "sampling_n_mixing.adaptive_mixing.out_proj": "mixing.project_out",
-    "sampling_n_mixing.norm": "mixing_norm",
-    "ffn.layers.0.0": "ffn.0",
-    "ffn.layers.1": "ffn.2",
-    "ffn_norm": "ffn_norm",
-    "cls_fcs.0": "class_head.0",
-    "cls_fcs.1": "class_head.1",
-    "fc_cls": "class_head.3",
-    "reg_fcs.0": "box_head.0",
-    "reg_fcs.1": "box_head.1",
-    "fc_reg": "box_head.3",
-}
-"""Published name of a tensor, or of the module that holds weight and bias, to ours."""
 
 
 def numbers(name: str) -> dict[str, Tensor]:
@@ -80,22 +60,19 @@ def published_weights(seed: int = 101, file: str = "weights.tsv") -> dict[str, T
     return weights
 
 
-def our_name(name: str, prefix: str) -> str | None:
-    """Our name of a published tensor; ``None`` if it is not of this layer, or never used."""
-    short = name.removeprefix(prefix)
-    if short == name or "instance_interactive_conv" in short:
-        return None
-    module, _, kind = short.rpartition(".")
-    return NAMES[short] if short in NAMES else f"{NAMES[module]}.{kind}"
+def names(index: int) -> dict[str, str]:
+    """The published name of each tensor of a layer, and ours."""
+    part = ("initial", "refinement")[index]
+    with torch.device("meta"):
+        ours = RefinementLayer(CONFIG).state_dict()
+    return {published_name(f"decoder.{part}.{name}", ModelConfig()): name for name in ours}
 
 
 def layer(index: int) -> RefinementLayer:
     """The initialisation layer (0) or the refinement layer (1) of the fixtures, in float64."""
-    prefix = f"roi_head.bbox_head.{index}."
-    named = {our_name(name, prefix): value for name, value in published_weights().items()}
-    state = {name: value for name, value in named.items() if name is not None}
+    weights = published_weights()
     filled = RefinementLayer(CONFIG).double()
-    filled.load_state_dict(state)
+    filled.load_state_dict({ours: weights[theirs] for theirs, ours in names(index).items()})
     return filled
 
 

@@ -112,16 +112,11 @@ def run(
     for name, (parts, matches) in zip(result.losses.losses, criterion.seen, strict=True):
         result.parts[name] = {part: float(value) for part, value in parts.items()}
         result.matches[name] = matches
-    modules = {
-        "roi_head.bbox_head.0.": decoder.initial,
-        "roi_head.bbox_head.1.": decoder.refinement,
-    }
-    for prefix, module in modules.items():
+    for index, module in enumerate((decoder.initial, decoder.refinement)):
+        assert module is not None
         ours = dict(module.named_parameters())
-        for name in reference.published_weights():
-            mine = reference.our_name(name, prefix)
-            if mine is not None:
-                result.gradients[name] = ours.pop(mine).grad
+        for theirs, name in reference.names(index).items():
+            result.gradients[theirs] = ours.pop(name).grad
         assert not ours
     result.gradients["rpn_head.init_proposal_features.weight"] = learned.content.grad
     for feature in features:
