@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -121,9 +121,9 @@ def table(results: list[Result]) -> Table:
         cells = []
         for name in ("AP", "AP50", "AP_small", "AP_medium"):
             values = [100 * getattr(result, name) for result in mine]
-            cells.append(f"{statistics.mean(values):.1f}")
+            cells.append(f"{np.mean(values):.1f}")
             if len(values) > 1:
-                half = CRITICAL * statistics.stdev(values) / len(values) ** 0.5
+                half = CRITICAL * np.std(values, ddof=1) / len(values) ** 0.5
                 cells[-1] += f" ± {half:.1f}"
         each = ", ".join(f"{100 * result.AP:.1f}" for result in mine)
         table.add_row(arm, f"{mine[0].parameters / 1e6:.2f} M", *cells, each)
