@@ -146,6 +146,9 @@ def _categories(names: Sequence[str] | None, recipe: Recipe) -> Categories:
             f"There are {len(names)} class names ({', '.join(names[:3])}, …) for a head of "
             f"{classes} classes: give one for each."
         )
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise CheckpointError(f"The class name {twice[0]!r} is there twice: give each its own.")
     if tuple(names) == coco.names:
         return coco
     return Categories(tuple(names), tuple(range(1, classes + 1)))
@@ -163,16 +166,22 @@ def _classes_in(metadata: Mapping[str, Any]) -> Sequence[str] | None:
 def _read(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and metadata of a file or its content."""
     stored = source if isinstance(source, Mapping) else _unpickled(existing(source))
-    where = "The state dict" if isinstance(source, Mapping) else str(source)
+    where = "What was given" if isinstance(source, Mapping) else str(source)
     weights = stored.get("state_dict", stored) if isinstance(stored, Mapping) else None
     if not isinstance(weights, Mapping) or not weights:
         raise CheckpointError(
-            f"{where} holds no state dict: a checkpoint of mmdetection has one, by the name "
+            f"{where} holds no tensors: a checkpoint of mmdetection has a state dict, by the name "
             "'state_dict'."
         )
-    others = [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]
-    if others:
-        raise CheckpointError(f"{where}: {others[0]!r} is no tensor, so this is no state dict.")
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{where}: {name!r} is no tensor, so this is no state dict.")
+        if value.layout is not torch.strided or value.is_meta:
+            raise CheckpointError(f"{where}: {name!r} is no dense tensor with data.")
+        # A crafted file may repeat one number as often as it likes.
+        stored_bytes = value.untyped_storage().nbytes()
+        if isinstance(source, (str, Path)) and stored_bytes < value.numel() * value.itemsize:
+            raise CheckpointError(f"{where}: {name!r} claims more numbers than the file holds.")
     metadata = stored.get("meta") if "state_dict" in stored else None
     return dict(weights), dict(metadata) if isinstance(metadata, Mapping) else {}
 

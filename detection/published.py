@@ -128,6 +128,12 @@ def plan(weights: Mapping[str, Tensor]) -> Plan:
             for name, theirs in sources.items()
             if theirs in weights and tuple(weights[theirs].shape) != _their_shape(name, ours[name])
         ],
+        "other kind of number": [
+            f"{theirs} {weights[theirs].dtype}"
+            for name, theirs in sources.items()
+            if theirs in weights
+            and weights[theirs].is_floating_point() != ours[name].is_floating_point()
+        ],
     }
     refuse(problems)
     return Plan(made, sources, unused)
@@ -219,8 +225,9 @@ def _neck_of(weights: Mapping[str, Tensor]) -> NeckConfig:
 def _heads(weights: Mapping[str, Tensor]) -> int:
     pattern = re.compile(rf"{re.escape(HEAD)}(\d+)\.")
     indices = {int(match[1]) for name in weights if (match := pattern.match(name))}
-    if not indices or indices != set(range(len(indices))):
-        refuse({"missing": [f"{HEAD}{len(indices)}.*"]})
+    gaps = set(range(max(indices, default=0) + 1)) - indices
+    if gaps:
+        refuse({"missing": [f"{HEAD}{min(gaps)}.*"]})
     return len(indices)
 
 

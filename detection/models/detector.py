@@ -69,7 +69,19 @@ class Detector(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor) -> Output:
-        """Detect: the output of the last refinement."""
+        """Detect: the output of the last refinement.
+
+        In evaluation mode on a CPU images go through one by one: matrix products round otherwise
+        in another batch, refinement makes the difference larger, and what is found in an image
+        would depend on its neighbours.  That costs time with small images alone.
+        """
+        if self.training or not images.is_cpu or len(images) == 1:
+            return self._detect(images, sizes)
+        one_by_one = map(self._detect, images.split(1), sizes.split(1))
+        logits, boxes, _ = zip(*one_by_one, strict=True)
+        return Output(torch.cat(logits), torch.cat(boxes))
+
+    def _detect(self, images: Tensor, sizes: Tensor) -> Output:
         output: Output = self.decoder(*self.encode(images, sizes))
         return output
 

@@ -637,3 +637,24 @@ def test_the_configured_solver_walks_at_inference() -> None:
     assert torch.equal(output.logits, asked.logits)
     assert not torch.allclose(output.logits, naive.logits, atol=1e-6)
     torch.testing.assert_close(output.logits, last.logits, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.05])
+@pytest.mark.parametrize("solver", [implicit.Naive(), implicit.Anderson()], ids=repr)
+def test_an_image_is_detected_alike_in_any_batch(solver: Solver, tolerance: float | None) -> None:
+    """To the last bit, also of weights whose refinement is far from a contraction."""
+    decoder = replace(EQUILIBRIUM, steps=20, eval_solver=solver, tolerance=tolerance)
+    backbone = BackboneConfig("small", pretrained=False)
+    model = Detector(ModelConfig(backbone, layer=LAYER, decoder=decoder, num_queries=QUERIES))
+    awakened(model).eval()
+    images = torch.randint(0, 256, (3, 3, HEIGHT, WIDTH), dtype=torch.uint8)
+    sizes = torch.tensor([[64, 90], [50, 96], [64, 96]])
+    with torch.no_grad():
+        together = model(images, sizes)
+        for i in range(3):
+            alone = model(images[i : i + 1], sizes[i : i + 1])
+            pair = model(images[[2, i]], sizes[[2, i]])
+            for part in ("boxes", "logits"):
+                found = getattr(together, part)[i]
+                assert torch.equal(found, getattr(alone, part)[0])
+                assert torch.equal(found, getattr(pair, part)[1])

@@ -250,6 +250,12 @@ OF = "roi_head.bbox_head.1."
             r"sampling_n_mixing: sizes that do not fit",
         ),
         (with_("neck.convs.0.conv.weight", torch.ones(64, 64, 5, 5)), r"a kernel of 5"),
+        (with_("roi_head.bbox_head.3.iof_tau", torch.ones(4)), r"missing: .*bbox_head\.2\.\*"),
+        (with_("neck.gn_out.bias", torch.ones(64, dtype=torch.int64)), r"gn_out\.bias torch.int64"),
+        (with_("neck.gn_out.bias", torch.ones(64).to_sparse()), r"gn_out.* no dense tensor"),
+        (with_("neck.gn_out.bias", torch.ones(64, device="meta")), r"gn_out.* no dense tensor"),
+        (with_("neck.gn_out.bias", 3), r"gn_out.* is no tensor"),  # type: ignore[arg-type]
+        (dict.clear, r"holds no tensors"),
         (with_("backbone.conv1.weight", torch.full((64, 3, 7, 7), torch.nan)), r"conv1.* NaN"),
         (with_(START_BOXES, torch.rand(5, 4)), r"start from other boxes"),
     ],
@@ -299,6 +305,9 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     }
     torch.save({"state_dict": evil}, tmp_path / "zipcode.pth")
     torch.save([1, 2], tmp_path / "list.pth")
+    queries = "rpn_head.init_proposal_features.weight"
+    endless = {**published("DEQDet"), queries: torch.zeros(1).expand(10**12, 32)}
+    torch.save(endless, tmp_path / "endless.pth")
     torch.save({"state_dict": {"a": 3}}, tmp_path / "number.pth")
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -321,6 +330,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     [
         ("b.safetensors", ["one"], "1 class names .* for a head of 3 classes"),
         ("b.safetensors", None, "3 classes and does not name them"),
+        ("b.safetensors", ["x", "y", "x"], "'x' is there twice"),
         ("b.pth", ["x", "y", "z"], r"must end in \.safetensors"),
         ("there.safetensors", ["x", "y", "z"], "exists and is left as it is"),
     ],
