@@ -1086,3 +1086,22 @@ def test_auto_forgets_a_sum_that_has_grown_beyond_its_digits(
     w, figures = implicit.Auto().inverse(lambda t: j * t, torch.ones_like(j), 0.0)
     torch.testing.assert_close(w, 1 / (1 - j), rtol=2e-3, atol=1e-6)
     assert float(figures.error) <= 1e-3
+
+
+# -- figures and defaults ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_neumann_tells_its_products_and_tests_nothing(k: int) -> None:
+    x = torch.ones(3, 2, requires_grad=True)
+    solution = fixed_point(lambda y: 0.5 * y + x, torch.zeros(3, 2), gradient=Neumann(k))
+    solution.value.sum().backward()
+    (figures,) = solution.adjoints
+    assert figures.products.dtype == torch.int64
+    assert figures.products.tolist() == [k - 1] * 3
+    assert bool(figures.error.isnan().all())
+
+
+def test_defaults_are_those_of_the_docstrings() -> None:
+    assert implicit.Auto() == implicit.Auto(rtol=1e-3, terms=8, krylov=50)
+    assert (RAG(), Neumann(), Implicit()) == (RAG(2), Neumann(2), Implicit(Anderson(), None))
