@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import torch
 
+from benchmarks import detectors
 from detection.models.detector import Detector
 from detection.recipes import recipe, recipe_names
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_python_blocks_run() -> None:
@@ -35,3 +38,11 @@ def test_every_recipe_is_in_the_table_with_its_size() -> None:
             model = Detector(recipe(name).without_pretraining().model)
         count = sum(p.numel() for p in model.parameters())
         assert size == f"{count / 1e6:.1f} M", name
+
+
+def test_the_detectors_are_as_they_were_measured() -> None:
+    stored = (ROOT / "benchmarks" / "results" / "detectors.json").read_text(encoding="utf-8")
+    results = [detectors.Result(**found) for found in json.loads(stored)["results"]]
+    columns = [list(column.cells) for column in detectors.table(results).columns[:-1]]
+    for row in zip(*columns, strict=True):
+        assert f"| {' | '.join(map(str, row))} |" in README

@@ -1105,3 +1105,25 @@ def test_neumann_tells_its_products_and_tests_nothing(k: int) -> None:
 def test_defaults_are_those_of_the_docstrings() -> None:
     assert implicit.Auto() == implicit.Auto(rtol=1e-3, terms=8, krylov=50)
     assert (RAG(), Neumann(), Implicit()) == (RAG(2), Neumann(2), Implicit(Anderson(), None))
+
+
+def test_what_auto_reports_is_relative() -> None:
+    """The same products and the same error, whatever the loss is multiplied by."""
+    j, x = contraction(12, 0.995, seed=31), random(2, 12, seed=32).requires_grad_()
+
+    def figures(scale: float) -> Adjoint:
+        solution = fixed_point(
+            lambda y: y @ j + x,
+            torch.zeros(2, 12, dtype=torch.float64),
+            gradient=implicit.Auto(1e-6),
+        )
+        torch.autograd.grad(scale * solution.value.square().sum(), x)
+        found: Adjoint = solution.adjoints[0]
+        return found
+
+    plain = figures(1.0)
+    assert int(plain.products.min()) > 8  # it escalates
+    for scale in (2.0**20, 2.0**-20):
+        scaled = figures(scale)
+        assert torch.equal(scaled.products, plain.products)
+        torch.testing.assert_close(scaled.error, plain.error, rtol=1e-6, atol=0.0)
