@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -22,18 +21,35 @@ def check_count(owner: str, name: str, value: Any, least: int = 1) -> None:
 
 
 def check_number(
-    owner: str, name: str, value: Any, within: Callable[[Any], bool], where: str
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
 ) -> None:
-    """Raise `ValueError` unless ``value`` is a finite number that lies ``within``.
+    """Raise `ValueError` unless ``value`` is a finite number within bounds.
+
+    Args:
+        least, above: the lower one, which belongs to the range or does not; one is given.
+        most, below: the upper one, likewise; none by default.
 
     Example:
-        >>> check_number("Naive", "damping", "half", lambda x: 0 < x <= 1, "in (0, 1]")
+        >>> check_number("Naive", "damping", "half", above=0, most=1)
         Traceback (most recent call last):
             ...
         ValueError: Naive(damping='half'): must be a finite number in (0, 1].
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and within(value)):
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    high_enough = number and (value > above if above is not None else value >= least)
+    low_enough = number and (most is None or value <= most) and (below is None or value < below)
+    if not (high_enough and low_enough):
+        where = f"of at least {least}" if above is None else f"above {above}"
+        if most is not None or below is not None:
+            low = f"[{least}" if above is None else f"({above}"
+            where = f"in {low}, " + (f"{below})" if most is None else f"{most}]")
         raise ValueError(f"{owner}({name}={value!r}): must be a finite number {where}.")
 
 

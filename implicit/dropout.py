@@ -53,7 +53,7 @@ class SolveDropout(PerSolve):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        check_number("SolveDropout", "p", p, lambda x: 0 <= x < 1, "in [0, 1)")
+        check_number("SolveDropout", "p", p, least=0, below=1)
         self.p = p
         self.announced = False
         self.kept: Tensor | None = None

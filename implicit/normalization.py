@@ -74,7 +74,7 @@ def contract(module: Module, bound: float = 0.9, *, method: Method = "spectral")
         >>> bool(torch.linalg.matrix_norm(layer.weight, 2) < 0.5 + 1e-6)
         True
     """
-    check_number("contract", "bound", bound, lambda x: x > 0, "above 0")
+    check_number("contract", "bound", bound, above=0)
     if method not in ("spectral", "weight"):
         raise ValueError(f"contract(method={method!r}): use 'spectral' or 'weight'.")
     layers = {name: m for name, m in module.named_modules() if isinstance(m, _LAYERS)}

@@ -44,7 +44,7 @@ class GaussianNoise:
     sigma: float
 
     def __post_init__(self) -> None:
-        check_number("GaussianNoise", "sigma", self.sigma, lambda x: x >= 0, "of at least 0")
+        check_number("GaussianNoise", "sigma", self.sigma, least=0)
 
     def __call__(self, state: State, generator: torch.Generator | None = None) -> State:
         def noisy(leaf: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class NormScaledNoise:
     sigma: float
 
     def __post_init__(self) -> None:
-        check_number("NormScaledNoise", "sigma", self.sigma, lambda x: 0 <= x <= 1, "in [0, 1]")
+        check_number("NormScaledNoise", "sigma", self.sigma, least=0, most=1)
 
     def __call__(self, state: State, generator: torch.Generator | None = None) -> State:
         def noisy(leaf: Tensor) -> Tensor:
@@ -103,9 +103,7 @@ class Perturbation:
     def __post_init__(self) -> None:
         if not callable(self.noise):
             raise TypeError(f"Perturbation: noise must be callable, not {self.noise!r}.")
-        check_number(
-            "Perturbation", "probability", self.probability, lambda x: 0 <= x <= 1, "in [0, 1]"
-        )
+        check_number("Perturbation", "probability", self.probability, least=0, most=1)
         if self.entry not in ("zero-step", "one-step", "multi-step"):
             raise ValueError(
                 f"Perturbation(entry={self.entry!r}): use 'zero-step', 'one-step' or 'multi-step'."

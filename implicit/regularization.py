@@ -223,7 +223,7 @@ def fixed_point_correction(
         1.25
     """
     check_count("fixed_point_correction", "k", k)
-    check_number("fixed_point_correction", "gamma", gamma, lambda x: 0 < x <= 1, "in (0, 1]")
+    check_number("fixed_point_correction", "gamma", gamma, above=0, most=1)
     if not solution.path:
         raise ValueError(
             "fixed_point_correction: the solution has no path. Ask for some of its states, as in "

@@ -64,7 +64,7 @@ class Tolerance:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if value is not None:
-                check_number("Tolerance", name, value, lambda x: x >= 0, "of at least 0")
+                check_number("Tolerance", name, value, least=0)
         if self.rtol == 0 and self.atol == 0:
             raise ValueError(
                 "Tolerance(rtol=0, atol=0) can never be met: give one of them, or use Steps(n)."

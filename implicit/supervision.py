@@ -138,7 +138,7 @@ def supervise(
         (torch.Size([3, 3]), torch.Size([4, 3]), 4)
     """
     _check(f, at, gradient, solver)
-    check_number("supervise", "loss_scale", loss_scale, lambda x: x > 0, "above 0")
+    check_number("supervise", "loss_scale", loss_scale, above=0)
     renew(f)
     given = [*pytree.tree_leaves(args), *parameters]
     sources = [

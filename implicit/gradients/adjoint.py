@@ -178,7 +178,7 @@ class Auto(AdjointGradient):
     krylov: int = 50
 
     def __post_init__(self) -> None:
-        check_number("Auto", "rtol", self.rtol, lambda x: x > 0, "above 0")
+        check_number("Auto", "rtol", self.rtol, above=0)
         check_count("Auto", "terms", self.terms)
         check_count("Auto", "krylov", self.krylov)
 

@@ -33,7 +33,7 @@ class Phantom(Gradient):
 
     def __post_init__(self) -> None:
         check_count(type(self).__name__, "k", self.k)
-        check_number("Phantom", "damping", self.damping, lambda x: 0 < x <= 1, "in (0, 1]")
+        check_number("Phantom", "damping", self.damping, above=0, most=1)
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
         y = value

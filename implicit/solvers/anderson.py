@@ -68,9 +68,9 @@ class Anderson(Solver):
     def __post_init__(self) -> None:
         check_count("Anderson", "memory", self.memory)
         check_count("Anderson", "every", self.every)
-        check_number("Anderson", "mixing", self.mixing, lambda x: 0 < x <= 1, "in (0, 1]")
-        check_number("Anderson", "ridge", self.ridge, lambda x: x >= 0, "of at least 0")
-        check_number("Anderson", "restart", self.restart, lambda x: x > 1, "above 1")
+        check_number("Anderson", "mixing", self.mixing, above=0, most=1)
+        check_number("Anderson", "ridge", self.ridge, least=0)
+        check_number("Anderson", "restart", self.restart, above=1)
 
     def init(self, y: Tensor) -> _Memory:
         return self._begin(SecantHistory.empty(y, self.memory, self.restart))

@@ -74,7 +74,7 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         check_count("Broyden", "memory", self.memory)
-        check_number("Broyden", "restart", self.restart, lambda x: x > 1, "above 1")
+        check_number("Broyden", "restart", self.restart, above=1)
         check_flag("Broyden", "line_search", self.line_search)
 
     def init(self, y: Tensor) -> _Memory:

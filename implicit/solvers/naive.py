@@ -31,7 +31,7 @@ class Naive(Solver):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("Naive", "damping", self.damping, lambda x: 0 < x <= 1, "in (0, 1]")
+        check_number("Naive", "damping", self.damping, above=0, most=1)
 
     def init(self, y: Tensor) -> None:
         return None

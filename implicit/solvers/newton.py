@@ -57,7 +57,7 @@ class NewtonKrylov(Solver):
 
     def __post_init__(self) -> None:
         check_count("NewtonKrylov", "krylov", self.krylov)
-        check_number("NewtonKrylov", "forcing", self.forcing, lambda x: 0 < x < 1, "in (0, 1)")
+        check_number("NewtonKrylov", "forcing", self.forcing, above=0, below=1)
 
     @property
     def differentiable(self) -> bool:
