@@ -17,7 +17,7 @@ from torch import Tensor
 
 from implicit.arguments import check_count, check_number
 from implicit.solvers.base import Solver, check_memory
-from implicit.solvers.history import ImagePairs, SecantHistory
+from implicit.solvers.history import ImagePairs, SecantHistory, Views
 
 AGING = 100.0
 MOST_RIDGE = 1e-2
@@ -27,7 +27,7 @@ MOST_RIDGE = 1e-2
 @dataclass
 class _Memory:
     history: SecantHistory
-    diagonal: Tensor  # (B, 2m): of the system, from the oldest pair to the newest, and once more
+    diagonals: tuple[Tensor, ...]  # (B, m): of the system, by the slots to the newest pair's right
     taken: int = 0
 
 
@@ -89,12 +89,16 @@ class Anderson(Solver):
         history = memory.history
         plain = fy if self.mixing == 1 else y.lerp(fy, self.mixing)
         history.restart(torch.linalg.vector_norm(r, dim=1, keepdim=True))
-        target = self._update(history, history.push(r, plain))
-        memory.taken += 1
+        pushed = history.push(r, plain)
         following = plain
-        if target is not None and memory.taken % self.every == 0:
-            self._regularise(memory)
-            following = history.mix(plain, history.weights(target), history.others, into=r)
+        memory.taken += 1
+        if history.filled:
+            views = history.look()
+            target = self._update(history, views, pushed)
+            if memory.taken % self.every == 0:
+                self._regularise(memory, views)
+                weights = history.weights(views, target)
+                following = history.mix(plain, weights, views.others, into=r)
         history.hold(plain)
         return following, memory
 
@@ -109,27 +113,24 @@ class Anderson(Solver):
             dtype=like.dtype,
             device=like.device,
         )
-        return _Memory(history, ridges.clamp_(max=MOST_RIDGE).add_(1).repeat(len(like), 2))
+        around = ridges.clamp_(max=MOST_RIDGE).add_(1).repeat(len(like), 2)
+        return _Memory(history, around.unfold(1, self.memory, 1).unbind(1))
 
-    def _update(self, history: SecantHistory, pushed: bool) -> Tensor | None:
-        """Put the newest pair into the normal equations; their right-hand side ``(B, n, 1)``.
-
-        None if there is no pair yet.
-        """
-        if not history.filled:
-            return None
-        products = torch.bmm(history.residuals, history.residual_and_newest.mT)
-        if not pushed:
-            return products.narrow(2, 0, 1) * history.unit
-        own = history.measure(products.select(1, history.slot).narrow(1, 1, 1))
-        products = products * history.unit
-        column, equations = products.select(2, 1) * own, history.equations
-        equations.select(1, history.slot).copy_(column)
-        equations.select(2, history.slot).copy_(column)
+    @staticmethod
+    def _update(history: SecantHistory, views: Views, pushed: bool) -> Tensor:
+        """Put the newest pair into the normal equations; their right-hand side ``(B, n, 1)``."""
+        products = torch.bmm(views.residuals, views.targets)
+        if pushed:
+            length = torch.linalg.vector_norm(views.change, dim=1, keepdim=True)
+            own = history.measure(views.own, length)
+        products = products * views.unit
+        if pushed:
+            column = products.select(2, 1)
+            history.write(views, own, column, column)
         return products.narrow(2, 0, 1)
 
-    def _regularise(self, memory: _Memory) -> None:
+    def _regularise(self, memory: _Memory, views: Views) -> None:
         """Set the diagonal to one plus the ridge that belongs to the age of each pair."""
-        oldest_first = self.memory - 1 - memory.history.slot
-        diagonal = memory.history.system.diagonal(dim1=1, dim2=2)
-        diagonal.copy_(memory.diagonal.narrow(1, oldest_first, self.memory))
+        history = memory.history
+        diagonal = views.diagonal if history.in_place else history.system.diagonal(dim1=1, dim2=2)
+        diagonal.copy_(memory.diagonals[self.memory - 1 - history.slot])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from implicit.arguments import check_count, check_flag, check_number
 from implicit.solvers.base import Solver, check_memory
-from implicit.solvers.history import PointPairs, SecantHistory
+from implicit.solvers.history import PointPairs, SecantHistory, Views
 from implicit.solvers.line_search import LineSearch
 
 WATCHED = 5
@@ -32,8 +32,14 @@ class _Memory:
     blank: Tensor  # (B, m, m): the identity, which is the system of no pairs
     length: Tensor  # (B, 1): of the last residual
     damping: Tensor  # (B, 1): λ
+    change: Tensor  # (B, 1): length of the newest change of the residual, while watched
     search: LineSearch | None
     taken: int = 0
+
+    @property
+    def watched(self) -> bool:
+        """Whether a step that is far too long would be taken back."""
+        return self.search is None and 1 < self.taken <= WATCHED
 
 
 @dataclass(frozen=True)
@@ -84,37 +90,39 @@ class Broyden(Solver):
         check_memory(self, exported, PointPairs)
         history = SecantHistory.of(exported, y, self.memory, self.restart)
         unit = history.normalise(history.others)
-        changes = history.residuals * history.unit
+        changes = history.residuals * history.scale.unsqueeze(2)
         # Slots are in order of time here, so that is what the triangle is of.
         history.system = torch.bmm(unit, changes.mT) + torch.bmm(unit, unit.mT).tril(-1)
         history.system.diagonal(dim1=1, dim2=2).add_((history.scale == 0).to(y.dtype))
+        history.residuals.add_(history.others)
         return self._begin(history, y)
 
     def export(self, memory: _Memory) -> PointPairs:
-        residuals, points = memory.history.export()
+        sums, points = memory.history.export()
         # The next solve begins with λ = 1.
-        return PointPairs(residuals / memory.damping.unsqueeze(2), points)
+        return PointPairs((sums - points) / memory.damping.unsqueeze(2), points)
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
         history, search = memory.history, memory.search
         memory.taken += 1
-        length = torch.linalg.vector_norm(r.detach(), dim=1, keepdim=True)
+        undifferentiated = r.detach() if r.requires_grad else r
+        length = torch.linalg.vector_norm(undifferentiated, dim=1, keepdim=True)
         memory.length, last = length, memory.length
         kept = history.restart(length)
-        # What is left of a system that has failed could still be singular.
-        history.system = torch.where(kept.unsqueeze(2), history.system, memory.blank)
+        self._clear(memory, kept)
         following = self._quasi_newton(memory, y, r)
         if search is not None:
             accepted = search.accepts(length.squeeze(1))
             following = search.next(accepted, y, length.squeeze(1), following - y)
-        elif 1 < memory.taken <= WATCHED:
+        elif memory.watched:
             following = self._take_back(memory, following, last)
         return following, memory
 
     def _begin(self, history: SecantHistory, y: Tensor) -> _Memory:
         blank = torch.eye(self.memory, dtype=y.dtype, device=y.device).expand(y.shape[0], -1, -1)
         one = torch.ones_like(history.limit)
-        return _Memory(history, blank, one, one, LineSearch.at(y) if self.line_search else None)
+        search = LineSearch.at(y) if self.line_search else None
+        return _Memory(history, blank, one, one, one, search)
 
     def _quasi_newton(self, memory: _Memory, y: Tensor, r: Tensor) -> Tensor:
         history = memory.history
@@ -122,55 +130,67 @@ class Broyden(Solver):
         pushed = history.push(r, y)
         following = r.add_(y)
         if history.filled:
-            weights = history.weights(self._update(history, pushed))
-            rows = history.rows[:, 1 : 2 * history.filled + 1]
-            both = torch.stack((weights, weights), dim=3).flatten(2)
-            following = history.mix(following, both, rows, into=following)
+            views = history.look()
+            products = torch.bmm(views.others, views.targets)
+            if pushed:
+                if memory.watched:
+                    change = views.change.detach()
+                    memory.change = torch.linalg.vector_norm(change, dim=1, keepdim=True)
+                views = history.renewed(views)
+                products = self._update(history, views, products)
+            else:
+                products = products * views.unit
+            weights = history.weights(views, products.narrow(2, 0, 1))
+            following = history.mix(following, weights, views.residuals, into=following)
         history.hold(y)
         return following
 
     @staticmethod
-    def _update(history: SecantHistory, pushed: bool) -> Tensor:
-        """Put the newest pair into ``SᵀΔR + L``; ``Sᵀr (B, n, 1)``, for pairs of unit length.
+    def _update(history: SecantHistory, views: Views, products: Tensor) -> Tensor:
+        """Put the newest pair into ``SᵀR + L``; ``products``, for pairs of unit length.
 
-        No pair is younger than the newest, so only its row has a part of ``L``.
+        These are ``Sᵀ`` times the residual and its newest change, ``(B, n, 2)``.
+
+        No pair is younger than the newest, so only its line has a part of ``L``.  It is the line
+        of ``Sᵀ(R + S)``, but for its last element, which the column then corrects.
         """
-        products = torch.bmm(history.others, history.residual_and_newest.mT)
-        if not pushed:
-            return products.narrow(2, 0, 1) * history.unit
-        slot, n = history.slot, history.filled
-        newest = history.row(2 + 2 * slot).unsqueeze(1)
-        with_all = torch.bmm(newest, history.rows[:, 1 : 2 * n + 1].mT).view(-1, n, 2)
-        square = with_all.select(1, slot).narrow(1, 1, 1)
-        still = square == 0 if torch.is_grad_enabled() else None
-        own = history.measure(square)
-        unit, equations = history.unit, history.equations
-        products = products * unit
-        equations.select(1, slot).copy_(with_all.sum(dim=2) * unit.squeeze(2) * own)
-        equations.select(2, slot).copy_(products.select(2, 1) * own)
-        if still is not None:
+        views.change.add_(views.other)
+        length = torch.linalg.vector_norm(views.other, dim=1, keepdim=True)
+        own = history.measure(views.own, length)
+        products = products * views.unit
+        line = torch.bmm(views.residuals, views.other.unsqueeze(2)) * views.unit
+        history.write(views, own, line.squeeze(2), products.select(2, 1))
+        if torch.is_grad_enabled():
             # A sample that has stopped makes pairs of length zero, whose equations are singular.
             # Its weights are not used; but in the derivative, zero times what is not finite is.
-            equations.select(1, slot).narrow(1, slot, 1).add_(still)
-        return products.narrow(2, 0, 1)
+            history.system[:, history.slot, history.slot] += (length == 0).squeeze(1)
+        return products
+
+    @staticmethod
+    def _clear(memory: _Memory, kept: Tensor) -> None:
+        """Forget the system of samples but those ``kept (B, 1)``; it could still be singular."""
+        history, kept = memory.history, kept.unsqueeze(2)
+        if history.in_place:
+            torch.where(kept, history.system, memory.blank, out=history.system)
+        else:
+            history.system = torch.where(kept, history.system, memory.blank)
 
     @staticmethod
     def _take_back(memory: _Memory, following: Tensor, last: Tensor) -> Tensor:
         """Another step from where the last one began, for samples where that was far too long."""
         history = memory.history
         failed = memory.length > FAR_TOO_LONG * last
-        rows, slot = failed.to(following.dtype), history.slot
-        change, gone = history.row(1 + 2 * slot), history.row(2 + 2 * slot)
-        norms = [torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) for x in (gone, change)]
-        shorter = torch.where(failed, (norms[0] / norms[1]).clamp(SHORTEST, 1), 1)
-        residual = history.row(0)
+        rows, residual = failed.to(following.dtype), history.row(0)
+        both, gone = history.row(1 + 2 * history.slot), history.row(2 + 2 * history.slot)
+        distance = torch.linalg.vector_norm(gone.detach(), dim=1, keepdim=True)
+        shorter = torch.where(failed, (distance / memory.change).clamp(SHORTEST, 1), 1)
         history.held.addcmul_(rows, gone)
-        residual.addcmul_(rows, change).mul_(shorter)
+        residual.addcmul_(rows, both).addcmul_(rows, gone, value=-1).mul_(shorter)
         memory.damping = memory.damping * shorter
         memory.length = torch.where(failed, last, memory.length)
         history.limit = torch.where(failed, last * history.growth, history.limit)
         history.forget(failed)
-        history.system = torch.where(failed.unsqueeze(2), memory.blank, history.system)
+        Broyden._clear(memory, ~failed)
         # Cleared, not multiplied by zero: the step that is taken back may have overflowed.
         following.masked_fill_(failed, 0)
         return following.addcmul_(rows, history.held).addcmul_(rows, residual)
