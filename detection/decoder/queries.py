@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,6 +31,16 @@ class QueryLayer(nn.Module, ABC):
     The decoders (`detection.models.decoders`), solvers, gradients, supervision and perturbation
     use nothing else of a layer.
     """
+
+    memory_format: ClassVar[torch.memory_format] = torch.channels_last
+    """In which `forward` reads feature maps fastest; any will do."""
+
+    def prepare(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The same feature maps, in the memory format that suits: done once, for all refinements.
+
+        Where they have it already nothing is copied.
+        """
+        return [feature.contiguous(memory_format=self.memory_format) for feature in features]
 
     @abstractmethod
     def forward(self, queries: Queries, features: Sequence[Tensor]) -> Queries:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from detection.boxes import side_lengths
 
@@ -75,6 +76,10 @@ def sample_pyramid(
     The value of a point is ``Σ_l softmax_l(−(z − log2 s_l)²/τ) · bilinear(features_l, x, y)``
     with ``τ = 2``; outside of a map (its padding included in the map) features are zero.
 
+    Maps with their channels last (``torch.channels_last``) are read several times as fast on a
+    CPU, where the channels of a cell then lie side by side.  What is computed for the backward
+    pass of other maps is computed again there and not kept.
+
     Args:
         points: ``(B, N, G, P, 3)``.
         features: maps ``(B, C, H_l, W_l)``; group ``g`` reads channels ``gC/G … (g+1)C/G``.
@@ -82,8 +87,8 @@ def sample_pyramid(
         groups: ``G``.
 
     Returns:
-        ``(B, N, G, P, C/G)`` in the dtype of the features; computed in the wider one of theirs
-        and that of the points.
+        ``(B, N, G, P, C/G)`` in the dtype of the features.  Places in the maps are computed in
+        the wider dtype of theirs and that of the points.
 
     Example:
         >>> maps = [torch.ones(1, 4, 8, 8), torch.ones(1, 4, 4, 4)]
@@ -91,28 +96,103 @@ def sample_pyramid(
         >>> sample_pyramid(points, maps, (4, 8), groups=2).unique().tolist()
         [1.0]
     """
-    batch, queries, _, count, _ = points.shape
-    x, y, z = points.permute(4, 0, 2, 1, 3).flatten(1, 2).unbind(0)
-    # Strides and extents stay Python numbers: a tensor made of them would have to be copied to
-    # the device at every call.  Levels come first: the softmax then runs along rows of points.
-    distance = torch.stack([z - math.log2(stride) for stride in strides])
-    weights = (distance.square() * (-1 / TAU)).softmax(dim=0).unbind(0)
     # Coordinates in bfloat16 would miss by pixels.
-    dtype = torch.promote_types(points.dtype, features[0].dtype)
+    points = points.to(torch.promote_types(points.dtype, features[0].dtype))
+    if points.is_cpu and all(map(_has_channels_last, features)):
+        return _read_rows(points, features, strides)
+    if torch.is_grad_enabled():
+        return checkpoint(
+            _read_maps, points, strides, *features, use_reentrant=False, preserve_rng_state=False
+        )
+    return _read_maps(points, strides, *features)
+
+
+def _level_weights(z: Tensor, strides: Sequence[int]) -> Tensor:
+    """What each level counts for, ``(L, …)``, at scales ``z``."""
+    # Strides stay Python numbers: a tensor made of them would have to be copied to the device.
+    # Levels come first: the softmax then runs along rows of points.
+    distance = torch.stack([z - math.log2(stride) for stride in strides])
+    return (distance.square() * (-1 / TAU)).softmax(dim=0)
+
+
+def _read_maps(points: Tensor, strides: Sequence[int], *features: Tensor) -> Tensor:
+    """Read maps of any memory format, with torch's own bilinear sampling."""
+    batch, queries, groups, count, _ = points.shape
+    x, y, z = points.permute(4, 0, 2, 1, 3).flatten(1, 2).unbind(0)
     grids: dict[tuple[int, int], Tensor] = {}
     total: Tensor | None = None
-    for stride, feature, weight in zip(strides, features, weights, strict=True):
+    for stride, feature, weight in zip(strides, features, _level_weights(z, strides), strict=True):
         height, width = feature.shape[-2:]
         extent = (width * stride, height * stride)
         if extent not in grids:
-            place = (x * (2 / extent[0]) - 1, y * (2 / extent[1]) - 1)
-            grids[extent] = torch.stack(place, dim=-1).to(dtype)
-        by_group = feature.to(dtype).reshape(batch * groups, -1, height, width)
-        sampled = F.grid_sample(by_group, grids[extent], align_corners=False) * weight[:, None]
-        total = sampled if total is None else total + sampled
+            grids[extent] = torch.stack([x * (2 / extent[0]) - 1, y * (2 / extent[1]) - 1], dim=-1)
+        by_group = feature.to(points.dtype).reshape(batch * groups, -1, height, width)
+        sampled = F.grid_sample(by_group, grids[extent], align_corners=False)
+        weight = weight[:, None]
+        total = sampled.mul_(weight) if total is None else total.addcmul_(sampled, weight)
     assert total is not None
     total = total.view(batch, groups, -1, queries, count).permute(0, 3, 1, 4, 2)
     return total.to(features[0].dtype)
+
+
+def _has_channels_last(feature: Tensor) -> bool:
+    return feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def _read_rows(points: Tensor, features: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    """Read maps whose channels lie side by side: a weighted sum of four rows for each level.
+
+    A map is then a table with a row of ``C/G`` numbers for each cell and group.  This is for the
+    CPU, where tensors may be made of Python numbers without waiting for anything.
+    """
+    batch, queries, groups, count, _ = points.shape
+    x, y, z = points.flatten(0, 3).T.contiguous()
+    shape = torch.tensor([feature.shape[-2:] for feature in features], dtype=torch.int32)
+    cells, weights = _neighbours(torch.stack([y, x]), strides, shape[..., None])
+    # Every tensor from here on is (L, rows, columns, points): the longest loop is the inner one.
+    height, width = shape.view(-1, 2, 1, 1, 1).unbind(1)
+    row, column = cells[:, 0, :, None], cells[:, 1, None]
+    image = torch.arange(batch, dtype=torch.int32).repeat_interleave(queries * groups * count)
+    group = torch.arange(groups, dtype=torch.int32).repeat_interleave(count).repeat(batch * queries)
+    index = ((row + image * height) * width + column) * groups + group
+    level = _level_weights(z, strides)[:, None]
+    weights = (weights[:, 0] * level)[:, :, None] * weights[:, 1, None]
+    total: Tensor | None = None
+    for feature, index_here, weight in zip(features, index, weights, strict=True):
+        table = feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1] // groups)
+        read = F.embedding_bag(
+            index_here.flatten(0, 1).T,
+            table,
+            per_sample_weights=weight.flatten(0, 1).T.to(table.dtype),
+            mode="sum",
+        )
+        total = read if total is None else total.add_(read)
+    assert total is not None
+    return total.view(batch, queries, groups, count, -1)
+
+
+def _neighbours(places: Tensor, strides: Sequence[int], shape: Tensor) -> tuple[Tensor, Tensor]:
+    """The cells around points, two along each axis, and what they count for: ``(L, 2, 2, n)``.
+
+    A cell outside of the map counts nothing, and stands for one that is inside.
+
+    Args:
+        places: ``(2, n)`` in pixels, by axis.
+        strides: of the maps.
+        shape: ``(L, 2, 1)`` int32, of the maps.
+    """
+    per_pixel = torch.tensor([1 / stride for stride in strides], dtype=places.dtype)
+    # The centre of a cell is half a cell in.  More than a cell outside, nothing counts.
+    centre = torch.minimum(places * per_pixel[:, None, None] - 0.5, shape).clamp_min(-1)
+    first = centre.detach().floor()
+    after = centre - first
+    first = first.to(torch.int32)
+    cells = torch.stack([first, first + 1], dim=2)
+    shape = shape[..., None]
+    outside = (cells < 0) | (cells >= shape)
+    weights = torch.stack([1 - after, after], dim=2).masked_fill(outside, 0)
+    # A place that is not a number has no cell: so these are integers when they are clamped.
+    return torch.minimum(cells.clamp_(min=0), shape - 1), weights
 
 
 def _initial_offsets(groups: int, points: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,11 @@ class Supervised:
 
 class Decoder(nn.Module, ABC):
     """Refines queries against image features."""
+
+    @property
+    @abstractmethod
+    def first(self) -> QueryLayer:
+        """The layer that is called first; all are of its kind."""
 
     @abstractmethod
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
@@ -132,6 +137,10 @@ class StackedDecoder(Decoder):
         super().__init__()
         self.layers = nn.ModuleList(build_layer(layer) for _ in range(config.layers))
 
+    @property
+    def first(self) -> QueryLayer:
+        return cast(QueryLayer, self.layers[0])
+
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
         for layer in self.layers:
             queries = layer(queries, features)
@@ -158,6 +167,10 @@ class RecurrentDecoder(Decoder):
         self.steps = config.steps
         self.initial = build_layer(layer, config.initial_points)
         self.refinement = build_layer(layer)
+
+    @property
+    def first(self) -> QueryLayer:
+        return self.initial
 
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
         queries = self.initial(queries, features)
@@ -196,7 +209,7 @@ class EquilibriumDecoder(Decoder):
 
     @property
     def first(self) -> QueryLayer:
-        """What is called first: the initialisation layer, if there is one of its own."""
+        """The initialisation layer, if there is one of its own."""
         return self.refinement if self.initial is None else self.initial
 
     def forward(

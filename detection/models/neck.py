@@ -51,7 +51,6 @@ class ChannelMapper(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``(B, out_channels, H_l, W_l)``."""
         return [
-            # Contiguous, since the decoder splits the channels of every map at each refinement.
-            self.norm(self.activation(convolution(feature))).contiguous()
+            self.norm(self.activation(convolution(feature)))
             for convolution, feature in zip(self.convolutions, features, strict=True)
         ]

@@ -201,21 +201,34 @@ def scattered_points(number: int = 5, groups: int = 2, count: int = 6) -> Tensor
     return unit * torch.tensor([100, 70, 8.0]) - torch.tensor([20, 20, 1.0])
 
 
-def test_sampling() -> None:
-    points, features = scattered_points(), pyramid()
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+def in_layout(layout: torch.memory_format, features: list[Tensor]) -> list[Tensor]:
+    return [feature.contiguous(memory_format=layout) for feature in features]
+
+
+@LAYOUTS
+def test_sampling(layout: torch.memory_format) -> None:
+    points, features = scattered_points(), in_layout(layout, pyramid())
     wanted = literal_sampling(points, features, groups=2)
     found = sample_pyramid(points, features, STRIDES, groups=2)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
-def test_the_centre_of_a_cell_reads_that_cell() -> None:
+@LAYOUTS
+def test_the_centre_of_a_cell_reads_that_cell(layout: torch.memory_format) -> None:
     feature = torch.arange(2 * 3 * 5.0).view(1, 2, 3, 5)
     points = torch.tensor([3.5 * 8, 1.5 * 8, 3.0]).view(1, 1, 1, 1, 3)
-    assert sample_pyramid(points, [feature], (8,), 1).flatten().tolist() == [8, 23]
+    assert sample_pyramid(points, in_layout(layout, [feature]), (8,), 1).flatten().tolist() == [
+        8,
+        23,
+    ]
 
 
-def test_padding_counts_as_map_and_beyond_it_is_zero() -> None:
-    ones = [torch.ones(1, 2, HEIGHT // s, WIDTH // s) for s in STRIDES]
+@LAYOUTS
+def test_padding_counts_as_map_and_beyond_it_is_zero(layout: torch.memory_format) -> None:
+    ones = in_layout(layout, [torch.ones(1, 2, HEIGHT // s, WIDTH // s) for s in STRIDES])
     place = torch.tensor([[32, 16], [-64, 16], [32, 96], [WIDTH, 16]])
     points = torch.cat([place, torch.full((4, 1), 3.0)], -1).view(1, 4, 1, 1, 3)
     values = sample_pyramid(points, ones, STRIDES, 1)[0, :, 0, 0, 0]
@@ -231,21 +244,24 @@ def test_weights_of_the_levels_sum_to_one_at_any_scale() -> None:
     torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-12)
 
 
-def test_levels_may_have_extents_of_their_own() -> None:
+@LAYOUTS
+def test_levels_may_have_extents_of_their_own(layout: torch.memory_format) -> None:
     """Each map is normalised by its own extent, also where strides do not divide the image."""
     features = [torch.randn(2, 8, h, w).double() for h, w in ((8, 16), (5, 9), (2, 4), (1, 3))]
+    features = in_layout(layout, features)
     points = scattered_points()
     wanted = literal_sampling(points, features, groups=2)
     found = sample_pyramid(points, features, STRIDES, groups=2)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
-def test_gradients_of_sampling() -> None:
+@LAYOUTS
+def test_gradients_of_sampling(layout: torch.memory_format) -> None:
     points = scattered_points(2, 2, 2).requires_grad_()
     features = [feature.requires_grad_() for feature in pyramid(4)]
 
     def sample(points: Tensor, *features: Tensor) -> Tensor:
-        return sample_pyramid(points, features, STRIDES, groups=2)
+        return sample_pyramid(points, in_layout(layout, list(features)), STRIDES, groups=2)
 
     assert torch.autograd.gradcheck(sample, (points, *features))
 
@@ -264,13 +280,30 @@ def test_points_are_relative_to_the_box() -> None:
         assert points[b, n, g, p].tolist() == pytest.approx(wanted, abs=1e-5)
 
 
-def test_positions_in_float32_survive_features_in_bfloat16() -> None:
+@LAYOUTS
+def test_positions_in_float32_survive_features_in_bfloat16(layout: torch.memory_format) -> None:
     """A place in a wide image is finer than bfloat16 can say."""
     ramp = torch.arange(256.0).expand(1, 2, 4, 256)  # whole numbers up to 256 are exact
     points = torch.tensor([[801.0, 8.0, 2.0], [805.0, 8.0, 2.0]]).view(1, 2, 1, 1, 3)
-    values = sample_pyramid(points, [ramp.bfloat16()], (4,), 1)
+    values = sample_pyramid(points, in_layout(layout, [ramp.bfloat16()]), (4,), 1)
     assert values.dtype == torch.bfloat16
     assert values[0, :, 0, 0, 0].tolist() == [200, 201]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("place", [math.nan, math.inf, -math.inf, 1e30])
+def test_places_that_are_nowhere_harm_only_themselves(
+    layout: torch.memory_format, place: float
+) -> None:
+    features = in_layout(layout, pyramid())
+    points = scattered_points()
+    wanted = sample_pyramid(points, features, STRIDES, groups=2)
+    lost = points.clone()
+    lost[0, 0, 0, 0, 0] = place
+    found = sample_pyramid(lost, features, STRIDES, groups=2)
+    assert torch.equal(found.flatten(0, 3)[1:], wanted.flatten(0, 3)[1:])
+    if place == 1e30:
+        assert not found[0, 0, 0, 0].any()
 
 
 @pytest.mark.parametrize("points", [9, 64])

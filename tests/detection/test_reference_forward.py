@@ -123,14 +123,16 @@ def test_every_intermediate(prefix: str) -> None:
         close(intersection_over_foreground(queries.boxes), wanted["iof"])
         close(layer(index).attention.bias(queries.boxes), wanted["attn_bias"])
         points = layer(index).sampling.place(seen["sampling.offset.in"], queries.position)
+        # Without a graph it is called group by group, and so not seen.
+        matrices = layer(index).mixing.generator(seen["attention_norm"])
     close(points.flatten(2, 3), wanted["sample_points_xyz"].squeeze(2))
+    close(matrices, wanted["mixing_parameters"])
     close(seen["attention_norm.in"], wanted["attention_out_with_residual"].transpose(0, 1))
     close(seen["attention_norm"], wanted["attention_norm"].transpose(0, 1))
     for ours, name in {
         "embedding": "position_embedding",
         "sampling.offset": "offset_raw",
         "sampling": "sampled",
-        "mixing.generator": "mixing_parameters",
         "mixing_norm.in": "mixing_out_with_residual",
         "mixing_norm": "mixing_norm",
         "ffn_norm.in": "ffn_out_with_residual",
