@@ -184,11 +184,11 @@ class _Walk:
 
     def run(self, sources: Sequence[Tensor], tracked: bool) -> tuple[Tensor, list[Tensor | None]]:
         """Total loss, and the gradient of it, scaled, with respect to each of ``sources``."""
-        sums: list[Tensor | None] = [None] * len(sources)
         # A source may be met as an argument, as itself (closed over), or as both.
         places = [(i, self.inside[t]) for i, t in enumerate(sources) if t in self.inside]
         places += enumerate(sources)
         targets = [tensor for _, tensor in places]
+        sums: list[Tensor | None] = [None] * len(targets)
 
         def visit(n: int, before: Tensor, after: Tensor) -> None:
             if n not in self.at:
@@ -202,12 +202,7 @@ class _Walk:
                 self._check_scalar(scalar, n)
             if tracked and scalar.requires_grad:
                 _check_named(scalar, targets)
-                parts = _gradients(scalar, targets, self.loss_scale)
-                for (i, _), part in zip(places, parts, strict=True):
-                    if part is not None:
-                        old = sums[i]
-                        # Never in place: autograd may hand out one tensor for two sources.
-                        sums[i] = part if old is None else old + part
+                sums[:] = _add_gradients(scalar, targets, self.loss_scale, sums)
             self.losses.append(scalar.detach().reshape(()))
             self.aux.append(pytree.tree_map_only(Tensor, Tensor.detach, aux))
 
@@ -221,7 +216,12 @@ class _Walk:
                 visit=visit,
             )
         self.value = self.layout.unpack(outcome.value)
-        return torch.stack(self.losses).sum(), sums
+        total = torch.stack(self.losses).sum()
+        by_source: list[Tensor | None] = [None] * len(sources)
+        for (i, _), found in zip(places, sums, strict=True):
+            old = by_source[i]
+            by_source[i] = old if found is None else found if old is None else old + found
+        return total, by_source
 
     def _as_leaf(self, x: Any) -> Any:
         if not (isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()):
@@ -275,15 +275,52 @@ class _Supervise(torch.autograd.Function):
         return (None, *(next(kept) * factor if present else None for present in ctx.present))
 
 
-def _gradients(loss: Tensor, sources: Sequence[Tensor], scale: float) -> Sequence[Tensor | None]:
-    """Scaled gradients of one position, without the tensors' hooks: these see the sum, once."""
-    if not sources:
+class _Carry(torch.autograd.Function):
+    """Nothing that depends on ``targets``, but whose gradients with respect to them are ``sums``.
+
+    The backward pass adds to them what else it finds, in place where nobody else holds them; so
+    the sum over positions needs no memory beside the sum.  The list is emptied for that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: list[Tensor | None], *targets: Tensor) -> Tensor:
+        ctx.sums = sums
+        return targets[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        sums = tuple(ctx.sums)
+        ctx.sums.clear()
+        return (None, *sums)
+
+
+def _add_gradients(
+    loss: Tensor, targets: Sequence[Tensor], scale: float, sums: list[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """``sums``, which is emptied, plus the scaled gradients of ``loss``.
+
+    Hooks of the tensors are left out: these see the gradient of all positions, once.
+    """
+    if not targets:
         return []
-    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in sources if t._backward_hooks]
+    losses, factors = [loss], [torch.full_like(loss, scale)]
+    reached = [target for target, found in zip(targets, sums, strict=True) if found is not None]
+    if reached:
+        carried_on = [found for found in sums if found is not None]
+        sums.clear()
+        for i, found in enumerate(carried_on):
+            if found._base is not None:  # it would be kept as it is, for the tensor behind it
+                carried_on[i] = found.clone()
+            del found
+        with torch.enable_grad():
+            carried = _Carry.apply(carried_on, *reached)
+        losses.append(carried)
+        factors.append(torch.ones_like(carried))
+    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in targets if t._backward_hooks]
     for registered, _ in hooks:
         registered.clear()
     try:
-        return torch.autograd.grad(loss, sources, torch.full_like(loss, scale), allow_unused=True)
+        return torch.autograd.grad(losses, targets, factors, allow_unused=True)
     finally:
         for registered, kept in hooks:
             registered.update(kept)

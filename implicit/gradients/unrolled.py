@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from implicit.arguments import check_count, check_number
+from implicit.arguments import check_count, check_flag, check_number
 from implicit.gradients.base import Gradient, Map
 
 
@@ -47,22 +48,30 @@ class RAG(Gradient):
     """Refinement-aware gradient: ``k`` tracked applications from the solution (Eq. 10–11).
 
     At the fixed point this is ``Σ_{i<k} Jⁱ ∂f/∂(·)``; ``k = 1`` is JFB.  Memory: ``k``
-    applications of ``f``.  `Neumann` gives the same gradient in the memory of one.
+    applications of ``f``, or one and ``k`` states where they are recomputed.  `Neumann` gives the
+    same gradient in the memory of one, but at the fixed point only.
+
+    Args:
+        k: applications, at least 1.
+        recompute: keep only the states between the applications, and evaluate each once more when
+            the gradient goes back through it, with the same random numbers.
 
     Example:
         >>> RAG(2)
-        RAG(k=2)
+        RAG(k=2, recompute=False)
     """
 
     k: int = 2
+    recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_count(type(self).__name__, "k", self.k)
+        check_count("RAG", "k", self.k)
+        check_flag("RAG", "recompute", self.recompute)
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
         y = value
         for _ in range(self.k):
-            y = f(y)
+            y = checkpoint(f, y, use_reentrant=False) if self.recompute else f(y)
         return y
 
 
