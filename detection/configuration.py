@@ -27,8 +27,8 @@ def to_json(value: Any) -> Any:
 
     Example:
         >>> import implicit
-        >>> to_json(implicit.RAG(2))
-        {'type': 'RAG', 'k': 2}
+        >>> to_json(implicit.Neumann(2))
+        {'type': 'Neumann', 'k': 2}
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -46,8 +46,8 @@ def from_json(kind: type[T], data: Any, where: str = "") -> T:
 
     Example:
         >>> import implicit
-        >>> from_json(implicit.RAG, {"type": "RAG", "k": 3})
-        RAG(k=3)
+        >>> from_json(implicit.Neumann, {"type": "Neumann", "k": 3})
+        Neumann(k=3)
     """
     value: T = _read(kind, data, where or kind.__name__)
     return value
@@ -88,11 +88,25 @@ def _read_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
     rest = [option for option in options if option is not type(None)]
     if len(rest) == 1:
         return _read(rest[0], data, where)
+    plain = [option for option in rest if not inspect.isclass(option) or option in (int, float)]
+    if len(plain) == len(rest):
+        return _read_plain(plain, data, where)
     names = {option.__name__: option for option in rest}
     name = data.get("type") if isinstance(data, dict) else None
     if name not in names:
         raise ConfigurationError(f"{where}: type {name!r} is not one of {', '.join(names)}.")
     return _read(names[name], data, where)
+
+
+def _read_plain(options: list[Any], data: Any, where: str) -> Any:
+    """A number or one of some words."""
+    refusals = []
+    for option in options:
+        try:
+            return _read(option, data, where)
+        except ConfigurationError as error:
+            refusals.append(str(error).removeprefix(f"{where}={data!r}: must be ").rstrip("."))
+    raise ConfigurationError(f"{where}={data!r}: must be {', or '.join(refusals)}.")
 
 
 def _read_dataclass(kind: Any, data: Any, where: str) -> Any:

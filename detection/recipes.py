@@ -10,7 +10,7 @@ published code's 3×3 with a ReLU in those named ``published_…``, which are th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from detection.data.transforms import AugmentationConfig
@@ -64,6 +64,8 @@ def _coco(
     epochs: int = 12,
 ) -> Entry:
     swin = backbone == "swin_s"
+    if isinstance(decoder, EquilibriumConfig) and decoder.steps == "auto":
+        decoder = replace(decoder, steps=25)  # as the figures of the paper were measured
     recipe = Recipe(
         name=name,
         model=ModelConfig(

@@ -21,7 +21,7 @@ from implicit.solution import Adjoint, Solution, Status
 from implicit.solve import Outcome, solve
 from implicit.solvers import Anderson, Solver, WholeSolver
 from implicit.state import FlatMap, Layout, Select, State, StateError
-from implicit.stopping import Steps, Stop, Tolerance
+from implicit.stopping import Distance, Steps, Stop, Tolerance
 from implicit.transforms import is_pushing_forward, no_forward_mode, on_host
 
 _DEFAULT_SOLVER = Anderson()
@@ -104,7 +104,12 @@ def fixed_point(
     start = layout.pack(y0)
     if isinstance(stop, Tolerance):  # which waits for the device anyway
         _check_finite(start)
-        stop = replace(stop, rtol=stop.rtol_for(flat.eps))
+        norm = stop.norm
+        stop = replace(
+            stop,
+            rtol=stop.rtol_for(flat.eps),
+            norm=_on_flat(norm, layout) if callable(norm) else norm,
+        )
     # The auxiliary output is that of the whole batch, so nobody may leave; nor has anybody to
     # whose inputs are all closed over.
     parts = flat.part if (args or select) and not has_aux else None
@@ -135,6 +140,23 @@ def fixed_point(
         outcome.status = torch.where(finite, outcome.status, Status.DIVERGED)
     states = [layout.unpack(state) for state in outcome.path]
     return _solution(layout.unpack(value), flat.aux, tuple(states), outcome, adjoints)
+
+
+def _on_flat(distance: Distance, layout: Layout) -> Distance:
+    """A distance between structured states as one between rows of ``(B, D)``."""
+
+    def checked(y: Tensor, fy: Tensor) -> Tensor:
+        rows = layout.part(len(y))
+        found = distance(rows.unpack(y), rows.unpack(fy))
+        if not isinstance(found, Tensor) or found.shape != y.shape[:1]:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"Tolerance(norm=...): the distance has shape {shape}: it must be one number for "
+                f"each sample, {tuple(y.shape[:1])}."
+            )
+        return found.to(y.dtype)
+
+    return checked
 
 
 def root(

@@ -19,7 +19,7 @@ from implicit.samples import BestSoFar, Samples
 from implicit.solution import classify
 from implicit.solvers.base import Solver, WholeSolver, take
 from implicit.state import StateError
-from implicit.stopping import Norm, Stop, Tolerance, batch_norm_of, relative_to
+from implicit.stopping import Stop, Tolerance, batch_norm_of, relative_to, residual_in
 from implicit.transforms import is_wrapped, on_host
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -187,9 +187,11 @@ class _Run:
         None also says that all go on.
         """
         samples, norm = self.samples, self.stop.norm
+        y = samples.y
         if fy.requires_grad:
-            fy, r = fy.detach(), r.detach()
-        now, size = batch_norm_of(r, norm), batch_norm_of(fy, norm)
+            y, fy, r = y.detach(), fy.detach(), r.detach()
+        now = residual_in(norm, y, fy, r)
+        size = batch_norm_of(fy, "l2" if callable(norm) else norm)
         # Not added where it is zero: zero times an infinite size is not.
         allowed = torch.add(self.atol, size, alpha=self.rtol) if self.rtol else self.atol
         going = now > allowed  # False for NaN too: nothing finite comes after it
@@ -197,7 +199,7 @@ class _Run:
             samples.first = now
             self._check_reachable(now, allowed, size)
         if trace or self.solver.keeps_best:
-            relative = relative_to(size, now)
+            relative = self._relative(size, now, r)
             if trace:
                 self._record(torch.where(samples.active, relative, torch.nan))
             if self.solver.keeps_best:
@@ -212,12 +214,16 @@ class _Run:
                 return None
         stopping = samples.active if last else samples.active & ~going
         converged = stopping & ~going & (now < torch.inf)
-        samples.stop(stopping, n, converged, now, relative_to(size, now))
+        samples.stop(stopping, n, converged, now, self._relative(size, now, r))
         if self.problem.beyond is not None:
             beyond = torch.where(stopping, self.problem.beyond, 0)
             samples.evaluations = samples.evaluations + beyond
         self.all_active = False
         return active
+
+    def _relative(self, size: Tensor, now: Tensor, r: Tensor) -> Tensor:
+        """Relative residuals: in the norm of the stop, or ‖·‖₂ where that is a mere distance."""
+        return relative_to(size, batch_norm_of(r, "l2") if callable(self.stop.norm) else now)
 
     def _leave(self, active: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those that are done leave the batch; iterates, images and residuals of the others."""
@@ -288,7 +294,7 @@ class _Run:
 
     def _check_reachable(self, now: Tensor, allowed: Tensor, size: Tensor) -> None:
         """Refuse a tolerance that rounding alone exceeds."""
-        if self.rtol >= self.finest or not self.can_look:
+        if self.rtol >= self.finest or not self.can_look or callable(self.stop.norm):
             return
         beyond_reach = on_host((allowed < self.finest * size) & (now > 0))
         if beyond_reach is not None and bool(beyond_reach.all()):
@@ -303,27 +309,29 @@ def _solve_whole(problem: Problem, y0: Tensor, solver: WholeSolver, stop: Stop) 
     """A solver that runs its own loop; its answer is judged like any other."""
     calls = 0
     first: Tensor | None = None
-    norm: Norm = stop.norm if isinstance(stop, Tolerance) else "l2"
+    norm = stop.norm if isinstance(stop, Tolerance) else "l2"
 
     def counted(y: Tensor) -> Tensor:
         nonlocal calls, first
         calls += 1
         fy = problem(y)
         if first is None:
-            first = batch_norm_of((fy - y).detach(), norm)
+            first = residual_in(norm, y.detach(), fy.detach(), (fy - y).detach())
         return fy
 
     y = solver.run(counted, y0, stop)
     fy = counted(y)
-    residual = batch_norm_of((fy - y).detach(), norm)
-    size = batch_norm_of(fy.detach(), norm)
+    r = (fy - y).detach()
+    residual = residual_in(norm, y.detach(), fy.detach(), r)
+    size = batch_norm_of(fy.detach(), "l2" if callable(norm) else norm)
     converged = torch.zeros_like(residual, dtype=torch.bool)
     if isinstance(stop, Tolerance):
         converged = torch.isfinite(residual) & (residual <= stop.atol + stop.rtol_for(0.0) * size)
     assert first is not None  # it was counted at least once, here
     count = torch.full_like(residual, calls, dtype=torch.int64)
     status = classify(converged, residual, first)
-    return Outcome(y, status, count - 1, count, residual, relative_to(size, residual))
+    relative = relative_to(size, batch_norm_of(r, "l2") if callable(norm) else residual)
+    return Outcome(y, status, count - 1, count, residual, relative)
 
 
 def _spread(y: Tensor, fy: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ damping, and always sample by sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from implicit.arguments import check_count, check_number
 
 Norm = Literal["l2", "rms", "max"]
+Distance = Callable[[Any, Any], Tensor]
+"""``distance(y, fy)``: how far the image of each sample is from its state, ``(B,)``."""
 
 
 def batch_norm_of(x: Tensor, norm: Norm) -> Tensor:
@@ -24,6 +27,11 @@ def batch_norm_of(x: Tensor, norm: Norm) -> Tensor:
         return x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
     length = torch.linalg.vector_norm(x, dim=1)
     return length if norm == "l2" else length / math.sqrt(max(x.shape[1], 1))
+
+
+def residual_in(norm: Norm | Distance, y: Tensor, fy: Tensor, r: Tensor) -> Tensor:
+    """``(B,)`` residuals of states ``y (B, D)`` with images ``fy`` and ``r = fy − y``."""
+    return norm(y, fy) if callable(norm) else batch_norm_of(r, norm)
 
 
 def relative_to(size: Tensor, residual: Tensor) -> Tensor:
@@ -47,7 +55,9 @@ class Tolerance:
         check_every: steps between two looks from the host at whether all samples are done; the
             test itself runs at every step, on the device.  Larger values save synchronisations
             on a GPU and cost up to ``check_every − 1`` superfluous evaluations.
-        norm: ``"l2"``, ``"rms"`` or ``"max"`` over all elements of a sample.
+        norm: ``"l2"``, ``"rms"`` or ``"max"`` over all elements of a sample; or a distance of
+            your own, ``distance(y, fy)`` of a state and its image, ``(B,)``, in whatever units
+            ``atol`` then has.  Such a distance has no size to be relative to: it takes ``rtol=0``.
 
     Example:
         >>> Tolerance(rtol=1e-4).max_steps
@@ -58,7 +68,7 @@ class Tolerance:
     atol: float = 1e-6
     max_steps: int = 50
     check_every: int = 1
-    norm: Norm = "l2"
+    norm: Norm | Distance = "l2"
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -71,8 +81,16 @@ class Tolerance:
             )
         check_count("Tolerance", "max_steps", self.max_steps)
         check_count("Tolerance", "check_every", self.check_every)
-        if self.norm not in ("l2", "rms", "max"):
-            raise ValueError(f"Tolerance(norm={self.norm!r}): use 'l2', 'rms' or 'max'.")
+        if callable(self.norm):
+            if self.rtol != 0:
+                raise ValueError(
+                    f"Tolerance(rtol={self.rtol}): a distance of your own is held against atol "
+                    "alone. Give rtol=0."
+                )
+        elif self.norm not in ("l2", "rms", "max"):
+            raise ValueError(
+                f"Tolerance(norm={self.norm!r}): use 'l2', 'rms', 'max' or a function (y, fy)."
+            )
 
     def rtol_for(self, finest: float) -> float:
         """The relative tolerance for a dtype whose machine epsilon is ``finest``."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 import implicit
 from detection.decoder.layer import LayerConfig
+from detection.decoder.movement import Settled
 from detection.decoder.sparse_rcnn import SparseRCNNLayerConfig
 
 Solver = implicit.Naive | implicit.Anderson | implicit.Broyden
@@ -90,13 +91,19 @@ class PerturbationConfig:
     entry: Literal["zero-step", "one-step", "multi-step"] = "multi-step"
 
 
+MOST_STEPS = 25
+"""Of the paper's inference: as many refinements as ``steps="auto"`` takes at most."""
+
+
 @dataclass(frozen=True)
 class EquilibriumConfig:
     """DEQDet: an initialisation layer, and the fixed point of the refinement layer (Fig. 1c).
 
     Args:
         train_steps: ``T`` of the path in training.
-        steps: solver steps at inference.
+        steps: solver steps at inference; ``"auto"`` refines each image until its detections have
+            `settled`, with 25 steps at most.
+        settled: when that is.
         initial: whether the initialisation layer has weights of its own, or is the refinement
             layer itself (first row of Table 4a).
         initial_points: sampling points per group of an initialisation layer of its own; by
@@ -114,7 +121,8 @@ class EquilibriumConfig:
     """
 
     train_steps: int = 20
-    steps: int = 25
+    steps: int | Literal["auto"] = "auto"
+    settled: Settled = field(default_factory=Settled)
     initial: Literal["own", "shared"] = "own"
     initial_points: int | None = None
     extra_supervision: int = 2
@@ -128,7 +136,7 @@ class EquilibriumConfig:
 
     def __post_init__(self) -> None:
         _positive("decoder.train_steps", self.train_steps)
-        _positive("decoder.steps", self.steps)
+        _positive("decoder.steps", self.most_steps)
         _positive("decoder.initial_points", self.initial_points)
         _positive("decoder.extra_supervision", self.extra_supervision, least=0)
         if self.initial == "shared" and self.initial_points is not None:
@@ -139,11 +147,16 @@ class EquilibriumConfig:
         _ = self.positions, self.eval_stop
 
     @property
+    def most_steps(self) -> int:
+        """Solver steps at inference, at most."""
+        return MOST_STEPS if self.steps == "auto" else self.steps
+
+    @property
     def eval_stop(self) -> implicit.Steps | implicit.Tolerance:
-        """When refinement ends at inference."""
+        """When refinement ends at inference, whatever the detections."""
         if self.tolerance is None:
-            return implicit.Steps(self.steps)
-        return implicit.Tolerance(rtol=self.tolerance, atol=0.0, max_steps=self.steps)
+            return implicit.Steps(self.most_steps)
+        return implicit.Tolerance(rtol=self.tolerance, atol=0.0, max_steps=self.most_steps)
 
     @property
     def positions(self) -> tuple[int, ...]:

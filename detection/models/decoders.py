@@ -45,11 +45,13 @@ class Output(NamedTuple):
         logits: ``(B, N, K)`` class logits (sigmoid, no background).
         boxes: ``(B, N, 4)`` xyxy in pixels of the input image; not clipped to it.
         residual: ``(T, B)`` relative residual at each refinement; `None` unless asked for.
+        steps: ``(B,)`` solver steps that an image took; `None` where nothing is solved.
     """
 
     logits: Tensor
     boxes: Tensor
     residual: Tensor | None = None
+    steps: Tensor | None = None
 
 
 @dataclass
@@ -212,6 +214,18 @@ class EquilibriumDecoder(Decoder):
         """The initialisation layer, if there is one of its own."""
         return self.refinement if self.initial is None else self.initial
 
+    @property
+    def stop(self) -> implicit.Steps | implicit.Tolerance:
+        """When refinement ends at inference."""
+        config = self.config
+        if config.steps != "auto" or config.tolerance is not None:
+            return config.eval_stop
+
+        def movement(before: Queries, after: Queries) -> Tensor:
+            return config.settled.movement(before, after, self.refinement.classify)
+
+        return implicit.Tolerance(rtol=0.0, atol=1.0, max_steps=config.most_steps, norm=movement)
+
     def forward(
         self,
         features: Features,
@@ -235,12 +249,13 @@ class EquilibriumDecoder(Decoder):
             self.refinement,
             self.first(queries, features),
             solver=self._safe(solver or self.config.eval_solver or self.config.solver),
-            stop=stop or self.config.eval_stop,
+            stop=stop or self.stop,
             gradient=implicit.JFB(),
             args=(features,),
             trace=trace,
         )
-        return _read(self.refinement, solution.value)._replace(residual=solution.trace)
+        output = _read(self.refinement, solution.value)
+        return output._replace(residual=solution.trace, steps=solution.steps)
 
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
         start = self.first(queries, features)
@@ -249,10 +264,10 @@ class EquilibriumDecoder(Decoder):
             self.refinement,
             start,
             solver=self._safe(self.config.eval_solver or self.config.solver),
-            stop=self.config.eval_stop,
+            stop=self.stop,
             gradient=implicit.JFB(),
             args=(features,),
-            path=range(1, self.config.steps + 1),
+            path=range(1, self.config.most_steps + 1),
         )
         for queries in (*solution.path[:-1], solution.value):  # which `Best` may have chosen
             yield _read(self.refinement, queries)

@@ -79,9 +79,13 @@ class Detector(nn.Module):
         """
         if self.training or not images.is_cpu or len(images) == 1:
             return self._detect(images, sizes)
-        one_by_one = map(self._detect, images.split(1), sizes.split(1))
-        logits, boxes, _ = zip(*one_by_one, strict=True)
-        return Output(torch.cat(logits), torch.cat(boxes))
+        one_by_one = list(map(self._detect, images.split(1), sizes.split(1)))
+        steps = [output.steps for output in one_by_one if output.steps is not None]
+        return Output(
+            torch.cat([output.logits for output in one_by_one]),
+            torch.cat([output.boxes for output in one_by_one]),
+            steps=torch.cat(steps) if steps else None,
+        )
 
     def _detect(self, images: Tensor, sizes: Tensor) -> Output:
         output: Output = self.decoder(*self.encode(images, sizes))

@@ -123,6 +123,11 @@ class Implicit(AdjointGradient):
         check_kind("solver", self.solver, Solver, "implicit.Anderson(memory=5)")
         if self.stop is not None:
             check_kind("stop", self.stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-6)")
+            if callable(getattr(self.stop, "norm", None)):
+                raise ValueError(
+                    "Implicit(stop=Tolerance(norm=...)): the backward solve is for a gradient, "
+                    "which a distance between states does not measure. Use 'l2', 'rms' or 'max'."
+                )
 
     def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
         _check_single(self, v)

@@ -78,7 +78,7 @@ trees = st.builds(
 equilibria = st.builds(
     EquilibriumConfig,
     train_steps=st.integers(12, 40),
-    steps=st.integers(1, 99),
+    steps=st.integers(1, 99) | st.just("auto"),
     multiples=st.integers(0, 4),
     spacing=st.integers(1, 3),
     gradient=st.one_of(

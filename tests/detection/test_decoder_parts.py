@@ -17,6 +17,7 @@ from detection.decoder.attention import BoxBiasedAttention
 from detection.decoder.embedding import PositionEmbedding
 from detection.decoder.layer import LayerConfig, RefinementLayer
 from detection.decoder.mixing import AdaptiveMixing
+from detection.decoder.movement import Settled
 from detection.decoder.queries import Queries
 from detection.decoder.sampling import Sampling3D, sample_pyramid
 
@@ -547,3 +548,36 @@ def test_literal_bilinear_is_that_of_the_framework() -> None:
     double = F.interpolate(feature, scale_factor=2, mode="bilinear", align_corners=False)
     read = bilinear(feature[0], x=2.75, y=1.75, stride=1)  # centre of cell (3, 5) of the double
     torch.testing.assert_close(read, double[0, :, 3, 5], rtol=0, atol=1e-12)
+
+
+# Movement
+
+
+def test_movement_is_that_of_what_is_seen() -> None:
+    """In units of what is allowed: boxes where a score matters, scores everywhere."""
+    settled = Settled(pixels=2.0, score=0.1, least_score=0.5)
+    logits = torch.tensor([[[3.0], [-3.0]], [[3.0], [-3.0]]])
+    boxes = torch.zeros(2, 2, 4)
+    before = Queries(boxes, logits, boxes)
+    moved, rescored = boxes.clone(), logits.clone()
+    moved[0, 0, 2] = -3.0  # seen
+    moved[0, 1] = 50.0  # not seen
+    moved[1, 1] = torch.nan  # nowhere, and not seen
+    rescored[1, 1] = 0.0  # from σ(−3) to a half, so it is seen now
+    after = before._replace(boxes=moved)
+    found = settled.movement(before, after, lambda content: content)
+    torch.testing.assert_close(found, torch.tensor([1.5, 0.0]))
+    found = settled.movement(before, before._replace(content=rescored), lambda content: content)
+    wanted = (0.5 - torch.sigmoid(torch.tensor(-3.0))) / 0.1
+    torch.testing.assert_close(found, torch.stack([torch.tensor(0.0), wanted]))
+
+
+def test_without_queries_nothing_moves() -> None:
+    none = Queries(torch.zeros(3, 0, 4), torch.zeros(3, 0, 5), torch.zeros(3, 0, 4))
+    assert Settled().movement(none, none, lambda content: content).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_movement_needs_limits(value: float) -> None:
+    with pytest.raises(ValueError, match=r"settled\.pixels.*above 0"):
+        Settled(pixels=value)

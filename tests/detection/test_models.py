@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import implicit
 from detection.data.types import Target
 from detection.decoder.layer import LayerConfig, RefinementLayer
+from detection.decoder.movement import Settled
 from detection.decoder.queries import Queries
 from detection.models.config import (
     BackboneConfig,
@@ -584,6 +585,29 @@ def test_the_loss_is_an_ordinary_scalar(name: str) -> None:
     for parameter, gradient in zip((*leaves, *decoder.parameters()), wanted, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, 2.25 * gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_an_image_is_refined_until_its_detections_have_settled() -> None:
+    """Steps of its own for each image; the next refinement would move it less than allowed."""
+    decoder, maps, start = contractive()
+    settled = Settled(pixels=1e-3, score=1e-5)
+    decoder.config = replace(decoder.config, steps="auto", settled=settled)
+    with torch.no_grad():
+        output = decoder(maps, start)
+        assert output.steps is not None and (output.steps < 25).all()
+        for image, steps in enumerate(output.steps.tolist()):
+            alone = [feature[image : image + 1] for feature in maps]
+            state = Queries(*(leaf[image : image + 1] for leaf in start))
+            movements = []
+            state = decoder.first(state, alone)
+            for n in range(steps + 1):
+                following = decoder.refinement(state, alone)
+                moved = settled.movement(state, following, decoder.refinement.classify)
+                movements.append(float(moved))
+                if n == steps:
+                    torch.testing.assert_close(output.boxes[image], state.boxes[0])
+                state = following
+            assert movements[-1] <= 1 and min(movements[:-1]) > 1
 
 
 @pytest.mark.parametrize("solver", [implicit.Anderson(memory=3), implicit.Broyden()], ids=repr)

@@ -6,6 +6,7 @@ Counts and values are compared with loops written out here, one sample at a time
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -466,3 +467,72 @@ def test_the_default_tolerance_knows_of_autocast(dtype: torch.dtype) -> None:
     assert solution.value.dtype == torch.float32
     assert solution.converged.all()
     assert bool((solution.relative_residual <= 2.001 * torch.finfo(dtype).eps + 1e-6).all())
+
+
+def test_a_distance_of_ones_own_decides_and_is_reported() -> None:
+    """In its own units, sample by sample, on the state as it was given."""
+
+    def f(y: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"a": 0.5 * y["a"], "b": 0.9 * y["b"]}
+
+    def moved(y: dict[str, Tensor], fy: dict[str, Tensor]) -> Tensor:
+        return (fy["a"] - y["a"]).abs().amax(1)  # whatever b does
+
+    y0 = {"a": torch.tensor([[1.0], [1024.0]]), "b": torch.ones(2, 3)}
+    stop = implicit.Tolerance(rtol=0.0, atol=0.01, norm=moved)
+    solution = implicit.fixed_point(f, y0, solver=implicit.Naive(), stop=stop)
+    # ½ⁿ⁺¹ and 1024 · ½ⁿ⁺¹ fall below a hundredth at n = 6 and n = 16.
+    assert solution.steps.tolist() == [6, 16]
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.residual, torch.tensor([0.5**7, 1024 * 0.5**17]))
+    r = torch.cat([0.5 * solution.value["a"], 0.1 * solution.value["b"]], dim=1)
+    fy = torch.cat([0.5 * solution.value["a"], 0.9 * solution.value["b"]], dim=1)
+    torch.testing.assert_close(solution.relative_residual, r.norm(dim=1) / fy.norm(dim=1))
+
+
+def test_samples_leave_by_a_distance_of_ones_own() -> None:
+    rates = torch.linspace(0.1, 0.9, 16)[:, None]
+    sizes = []
+
+    def f(y: Tensor, rate: Tensor) -> Tensor:
+        sizes.append(len(y))
+        return rate * y
+
+    def distance(y: Tensor, fy: Tensor) -> Tensor:
+        return (fy - y).abs().amax(1)
+
+    for norm in (distance, "max"):
+        sizes.clear()
+        stop = implicit.Tolerance(rtol=0.0, atol=1e-3, max_steps=200, norm=norm)
+        found = implicit.fixed_point(
+            f, torch.ones(16, 2), solver=implicit.Naive(), stop=stop, args=(rates,)
+        )
+        with_all = sizes.pop()  # of the gradient
+        assert with_all == 16 and sizes[-1] < 16 and found.converged.all()
+        if norm is distance:
+            wanted = found
+    assert torch.equal(found.value, wanted.value) and torch.equal(found.steps, wanted.steps)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: implicit.Tolerance(norm=lambda y, fy: y[:, 0]), "Give rtol=0"),
+        (lambda: implicit.Tolerance(norm="l3"), "or a function"),
+        (
+            lambda: implicit.Implicit(
+                stop=implicit.Tolerance(rtol=0.0, norm=lambda y, fy: y[:, 0])
+            ),
+            "the backward solve is for a gradient",
+        ),
+    ],
+)
+def test_distances_that_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_distance_is_one_number_for_each_sample() -> None:
+    stop = implicit.Tolerance(rtol=0.0, atol=1.0, norm=lambda y, fy: fy - y)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\): it must be one number for each sample"):
+        implicit.fixed_point(torch.cos, torch.zeros(2, 3), stop=stop)
