@@ -89,7 +89,7 @@ class Tolerance:
                 )
         elif self.norm not in ("l2", "rms", "max"):
             raise ValueError(
-                f"Tolerance(norm={self.norm!r}): use 'l2', 'rms', 'max' or a function (y, fy)."
+                f"Tolerance(norm={self.norm!r}): use 'l2', 'rms' or 'max', or a function (y, fy)."
             )
 
     def rtol_for(self, finest: float) -> float:
