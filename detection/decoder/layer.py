@@ -114,6 +114,12 @@ class RefinementLayer(QueryLayer):
         position = self._move(position, self.box_head(content).to(position.dtype))
         return Queries(position, content, decode_position(position))
 
+    def prepare(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Channels last; but not on a CPU in training, whose backward pass is slower so."""
+        training = torch.is_grad_enabled() and features[0].is_cpu
+        layout = torch.contiguous_format if training else torch.channels_last
+        return [feature.contiguous(memory_format=layout) for feature in features]
+
     def classify(self, content: Tensor) -> Tensor:
         """Class logits ``(B, N, num_classes)`` of contents ``(B, N, C)``."""
         logits: Tensor = self.class_head(content)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 
@@ -32,15 +31,13 @@ class QueryLayer(nn.Module, ABC):
     use nothing else of a layer.
     """
 
-    memory_format: ClassVar[torch.memory_format] = torch.channels_last
-    """In which `forward` reads feature maps fastest; any will do."""
-
     def prepare(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The same feature maps, in the memory format that suits: done once, for all refinements.
+        """The same feature maps, in the memory format that `forward` reads fastest.
 
-        Where they have it already nothing is copied.
+        Any format will do; this is done once, for all refinements.  Where maps have it already
+        nothing is copied.
         """
-        return [feature.contiguous(memory_format=self.memory_format) for feature in features]
+        return [feature.contiguous() for feature in features]
 
     @abstractmethod
     def forward(self, queries: Queries, features: Sequence[Tensor]) -> Queries:

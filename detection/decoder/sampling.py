@@ -17,6 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from detection.boxes import side_lengths
 
+try:  # comes with the CUDA builds of torch on Linux
+    from detection.decoder import triton_sampling
+except ImportError:
+    triton_sampling = None  # type: ignore[assignment]
+
 TAU = 2.0
 """Softness of the choice of levels."""
 
@@ -76,8 +81,9 @@ def sample_pyramid(
     The value of a point is ``Σ_l softmax_l(−(z − log2 s_l)²/τ) · bilinear(features_l, x, y)``
     with ``τ = 2``; outside of a map (its padding included in the map) features are zero.
 
-    Maps with their channels last (``torch.channels_last``) are read several times as fast on a
-    CPU, where the channels of a cell then lie side by side.  What is computed for the backward
+    Maps with their channels last (``torch.channels_last``) are read faster, since the channels of
+    a cell then lie side by side: on a CPU as rows of a table, on a GPU by one kernel
+    (`detection.decoder.triton_sampling`).  What is computed for the backward
     pass of other maps is computed again there and not kept.
 
     Args:
@@ -98,8 +104,11 @@ def sample_pyramid(
     """
     # Coordinates in bfloat16 would miss by pixels.
     points = points.to(torch.promote_types(points.dtype, features[0].dtype))
-    if points.is_cpu and all(map(_has_channels_last, features)):
-        return _read_rows(points, features, strides)
+    if all(map(_has_channels_last, features)):
+        if points.is_cpu:
+            return _read_rows(points, features, strides)
+        if triton_sampling is not None and triton_sampling.fits(points, features, groups):
+            return triton_sampling.sample(points, features, strides, groups)
     if torch.is_grad_enabled():
         return checkpoint(
             _read_maps, points, strides, *features, use_reentrant=False, preserve_rng_state=False

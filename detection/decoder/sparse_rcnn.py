@@ -73,8 +73,6 @@ class SparseRCNNLayer(QueryLayer):
         (torch.Size([1, 1, 4]), torch.Size([1, 1, 3]))
     """
 
-    memory_format = torch.contiguous_format  # of RoIAlign
-
     def __init__(self, config: SparseRCNNLayerConfig) -> None:
         super().__init__()
         c = config.content_dim
