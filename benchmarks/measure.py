@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
@@ -160,6 +161,17 @@ def peak_bytes(run: Callable[[], object]) -> int:
     changes = [(e["ts"], e["args"]["Bytes"]) for e in trace if e.get("name") == "[memory]"]
     held = accumulate(change for _, change in sorted(changes, key=itemgetter(0)))
     return max(held, default=0)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall-clock time of one call, the GPU's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def operations_of(run: Callable[[], object]) -> int:

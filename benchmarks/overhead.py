@@ -13,7 +13,6 @@ machine; operations are the increase per evaluation once the memory is full.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from benchmarks.measure import (
     machine,
     operations_of,
     output_folder,
+    seconds,
     wide_console,
     write_results,
 )
@@ -109,13 +109,6 @@ def cheap_map(batch: int, dim: int) -> tuple[Map, Tensor]:
     """``b + s ⊙ y`` and its start, in float32."""
     factors, b = torch.linspace(-0.99, 0.99, dim), torch.ones(batch, dim)
     return (lambda y: torch.addcmul(b, factors, y)), torch.zeros(batch, dim)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def interleaved(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks import plain_layer
 from benchmarks.full_size import SIZES, Problem, full_size
-from benchmarks.measure import machine, output_folder, wide_console, write_results
+from benchmarks.measure import machine, output_folder, seconds, wide_console, write_results
 from detection.decoder.queries import Queries
 
 CHAIN = 5
@@ -70,17 +69,6 @@ def contestants(problem: Problem) -> dict[str, Refine]:
         "ours, compiled": lambda queries: compiled(queries, prepared),
         "ours, bfloat16": in_bfloat16,
     }
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Wall-clock time, the device's work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @torch.inference_mode()

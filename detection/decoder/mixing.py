@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from detection.decoder.recomputation import forgetting
 
 
 class AdaptiveMixing(nn.Module):
@@ -50,23 +51,19 @@ class AdaptiveMixing(nn.Module):
         """Mixed features ``(B, N, content_dim)`` of ``sampled (B, N, G, P, C/G)``."""
         batch, queries, width = content.shape
         content, sampled = content.flatten(0, 1), sampled.flatten(0, 1)
-        mix = self._mix_and_forget if torch.is_grad_enabled() else self._mix_by_group
+        mix = self._mix_at_once if torch.is_grad_enabled() else self._mix_by_group
         return mix(content, sampled).view(batch, queries, width)
 
-    def _mix_and_forget(self, content: Tensor, sampled: Tensor) -> Tensor:
-        """Keep for the backward pass the matrices alone; what they make is made again there.
+    def _mix_at_once(self, content: Tensor, sampled: Tensor) -> Tensor:
+        """All groups together, as autograd likes it.
 
-        That is a tenth of the work and two thirds of the memory.
+        Where it is much, the generated matrices alone are kept for the backward pass, and what
+        they make is made again: a tenth of the work and two thirds of the memory.
         """
-        mixed: Tensor = checkpoint(
-            self._mix,
-            sampled,
-            self.generator(content),
-            self.project_out.weight,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        return mixed + self.project_out.bias
+        weight, bias = self.project_out.weight, self.project_out.bias
+        matrices = self.generator(content)
+        elements = len(content) * weight.shape[1]
+        return forgetting(self._mix, sampled, matrices, weight, elements=elements) + bias
 
     def _mix_by_group(self, content: Tensor, sampled: Tensor) -> Tensor:
         """Group after group, so that each finds its memory where the last one has left it.

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from detection.boxes import side_lengths
+from detection.decoder.recomputation import forgetting
 
 try:  # comes with the CUDA builds of torch on Linux
     from detection.decoder import triton_sampling
@@ -109,11 +109,8 @@ def sample_pyramid(
             return _read_rows(points, features, strides)
         if triton_sampling is not None and triton_sampling.fits(points, features, groups):
             return triton_sampling.sample(points, features, strides, groups)
-    if torch.is_grad_enabled():
-        return checkpoint(
-            _read_maps, points, strides, *features, use_reentrant=False, preserve_rng_state=False
-        )
-    return _read_maps(points, strides, *features)
+    samples = points[..., 0].numel() * features[0].shape[1] // groups
+    return forgetting(_read_maps, points, strides, *features, elements=samples * len(features))
 
 
 def _level_weights(z: Tensor, strides: Sequence[int]) -> Tensor:

@@ -1,0 +1,173 @@
+"""How time and memory of DEQDet's refinement grow with the work.
+
+    python -m benchmarks.scaling
+
+From 100 queries, 32 points, an image of 800×1344, batch 1 and T = 25 one of these is changed at a
+time.  Time is that of the whole path in inference mode (median, the device's work included);
+memory is the peak of forward and backward pass of one supervised position with RAG(2) at the end
+of it (`benchmarks.measure.peak_bytes`).  The exponent ``p`` of ``cost ∝ size^p`` is the slope of a
+least-squares line through the logarithms.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import implicit
+from benchmarks.full_size import Problem, full_size
+from benchmarks.measure import (
+    machine,
+    output_folder,
+    peak_bytes,
+    seconds,
+    wide_console,
+    write_results,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is refined and how often; the image's area is in pixels."""
+
+    queries: int = 100
+    points: int = 32
+    area: int = 800 * 1344
+    batch: int = 1
+    steps: int = 25
+
+
+SWEEPS: dict[str, Sequence[int]] = {
+    "queries": (100, 200, 300, 600, 900),
+    "points": (16, 32, 64, 128),
+    "area": (400 * 672, 800 * 1344, 1600 * 2688),
+    "batch": (1, 2, 4),
+    "steps": (5, 10, 25, 50),
+}
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds of inference and bytes of training for some work."""
+
+    swept: str
+    size: int
+    milliseconds: float
+    bytes: int
+
+
+def cost_of(swept: str, work: Work, repeats: int = REPEATS) -> Cost:
+    """Measure one piece of work."""
+    width = round((work.area * 1344 / 800) ** 0.5)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = full_size(
+        work.queries,
+        work.points,
+        image=(work.area // width, width),
+        batch=work.batch,
+        device=device,
+    )
+    solve = _solver(problem, work.steps)
+    with torch.inference_mode():
+        solve()
+        taken = statistics.median(seconds(solve) for _ in range(repeats))
+    size: int = getattr(work, swept)
+    return Cost(swept, size, 1e3 * taken, peak_bytes(_training(problem, work.steps)))
+
+
+def _solver(problem: Problem, steps: int) -> Callable[[], object]:
+    return lambda: implicit.fixed_point(
+        problem.layer,
+        problem.queries,
+        solver=implicit.Naive(),
+        stop=implicit.Steps(steps),
+        gradient=implicit.JFB(),
+        args=(problem.prepared,),
+    )
+
+
+def _training(problem: Problem, steps: int) -> Callable[[], object]:
+    def train() -> None:
+        supervision = implicit.supervise(
+            problem.layer,
+            problem.queries,
+            lambda y, _: y.content.square().mean() + y.boxes.mean(),
+            at=(steps,),
+            gradient=implicit.RAG(2),
+            args=(problem.prepared,),
+            parameters=problem.layer.parameters(),
+        )
+        supervision.loss.backward()
+        problem.layer.zero_grad()
+
+    return train
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Slope of the least-squares line through the logarithms.
+
+    Example:
+        >>> round(exponent([1, 2, 4], [3, 12, 48]), 6)
+        2.0
+    """
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+
+
+def draw(costs: Sequence[Cost], path: Path) -> None:
+    """Time and memory over each size, both axes logarithmic."""
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    rows = figure.subplots(2, len(SWEEPS), sharey="row")
+    for column, swept in enumerate(SWEEPS):
+        own = [cost for cost in costs if cost.swept == swept]
+        sizes = [cost.size for cost in own]
+        kinds = {
+            "time, ms": [cost.milliseconds for cost in own],
+            "memory, MiB": [cost.bytes / 2**20 for cost in own],
+        }
+        for axes, (label, values) in zip(rows[:, column], kinds.items(), strict=True):
+            axes.loglog(sizes, values, marker=".")
+            axes.set_title(f"{swept}: p = {exponent(sizes, values):.2f}", fontsize="small")
+            axes.grid(alpha=0.3, which="both")
+            if column == 0:
+                axes.set_ylabel(label)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Print the table; write the results and the plot."""
+    folder, console = output_folder(__doc__), wide_console()
+    table = Table("changed", "to", "time, ms", "exponent", "memory, MiB", "exponent")
+    found: list[Cost] = []
+    for swept, sizes in SWEEPS.items():
+        own = [cost_of(swept, replace(Work(), **{swept: size})) for size in sizes]
+        in_time = exponent(sizes, [cost.milliseconds for cost in own])
+        in_bytes = exponent(sizes, [cost.bytes for cost in own])
+        for i, cost in enumerate(own):
+            first = i == 0
+            table.add_row(
+                swept if first else "",
+                str(cost.size),
+                f"{cost.milliseconds:.0f}",
+                f"{in_time:.2f}" if first else "",
+                f"{cost.bytes / 2**20:.0f}",
+                f"{in_bytes:.2f}" if first else "",
+            )
+        table.add_section()
+        found += own
+    console.print(f"One change at a time from {Work()}. {machine()}.")
+    console.print(table)
+    draw(found, folder / "scaling.png")
+    write_results(folder, "scaling", [asdict(cost) for cost in found])
+    console.print("Wrote scaling.json and scaling.png.")
+
+
+if __name__ == "__main__":
+    main()

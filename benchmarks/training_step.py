@@ -1,0 +1,244 @@
+"""Where the time of a training step goes, and what it takes of memory: AdaMixer, RNNDet, DEQDet.
+
+    python -m benchmarks.training_step
+
+ResNet-50 from random weights, batch 2, images of 800×1344 with ten objects each, 100 queries, 32
+points: the paper's 1× setting in the same code and run.  The second table is the growth of memory
+with RNNDet's T, which DEQDet does not have (paper, Table 2).  ``data`` is the time to read, flip,
+resize and collate two images of the embedded digits at that size.
+
+Time is told apart by a stopwatch at the borders of the parts, each exclusive of those inside it;
+``path`` is the refinement without gradient, ``supervised`` what is differentiated at its positions,
+forward and backward, and ``backward`` the rest of the backward pass: backbone, neck, and the
+layers that are not on the path.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.table import Table
+
+import implicit.supervision
+from benchmarks.full_size import IMAGE
+from benchmarks.measure import machine, output_folder, peak_bytes, wide_console, write_results
+from detection.data import compose_digits, load_coco_split, train_transform
+from detection.data.loading import make_loader
+from detection.data.transforms import AugmentationConfig
+from detection.data.types import Target
+from detection.models.config import (
+    BackboneConfig,
+    DecoderConfig,
+    EquilibriumConfig,
+    ModelConfig,
+    RecurrentConfig,
+    StackedConfig,
+)
+from detection.models.detector import Detector
+from detection.training.losses import Criterion, matched_queries
+from detection.training.matching import Matcher
+from detection.training.optimization import OptimizationConfig, clip_gradients, make_optimizer
+
+DETECTORS: dict[str, DecoderConfig] = {
+    "AdaMixer": StackedConfig(),
+    "RNNDet": RecurrentConfig(),
+    "DEQDet": EquilibriumConfig(),
+}
+RECURRENT_STEPS = (6, 12, 20)
+PARTS = ("backbone", "layers", "path", "supervised", "matching", "backward", "optimiser")
+BATCH, OBJECTS, QUERIES, REPEATS = 2, 10, 100, 2
+GOAL_TIME, GOAL_MEMORY = 1.3, 0.6
+"""DEQDet over AdaMixer; that of the memory is meant on CUDA."""
+
+
+class Stopwatch:
+    """Seconds by part, each without the parts inside it."""
+
+    def __init__(self) -> None:
+        self.parts = dict.fromkeys(PARTS, 0.0)
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is done inside as ``name``."""
+        self._lap()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._open.pop()
+
+    def _lap(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._open:
+            self.parts[self._open[-1]] += now - self._since
+        self._since = now
+
+    def timed(self, name: str | Callable[[], str], call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, timed as ``name``."""
+
+        @functools.wraps(call)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name if isinstance(name, str) else name()):
+                return call(*args, **kwargs)
+
+        return inner
+
+
+class Step:
+    """One training step of a detector on made-up images."""
+
+    def __init__(self, decoder: DecoderConfig, device: str) -> None:
+        torch.manual_seed(0)
+        backbone = BackboneConfig("resnet50", pretrained=False)
+        config = ModelConfig(backbone=backbone, decoder=decoder, num_queries=QUERIES)
+        self.detector = Detector(config).to(device).train()
+        self.optimizer = make_optimizer(self.detector, OptimizationConfig())
+        height, width = IMAGE
+        self.images = torch.randint(0, 256, (BATCH, 3, *IMAGE), dtype=torch.uint8, device=device)
+        self.sizes = torch.tensor([IMAGE] * BATCH, device=device)
+        low = torch.rand(BATCH, OBJECTS, 2) * 0.7
+        corners = torch.cat([low, low + 0.05 + 0.25 * torch.rand(BATCH, OBJECTS, 2)], dim=-1)
+        boxes = (corners * torch.tensor([width, height, width, height])).to(device)
+        labels = torch.randint(0, 80, (BATCH, OBJECTS), device=device)
+        self.targets = [Target(boxes[i], labels[i], i, IMAGE) for i in range(BATCH)]
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def __call__(self, watch: Stopwatch | None = None) -> None:
+        """Forward, backward and update."""
+        watch = watch or Stopwatch()
+        criterion = Criterion(
+            self.targets, self.sizes, normaliser=matched_queries(self.targets, QUERIES)
+        )
+        with watch.part("layers"):
+            supervised = self.detector.losses(self.images, self.sizes, criterion, self.generator)
+        with watch.part("backward"):
+            supervised.total.backward()
+        with watch.part("optimiser"):
+            clip_gradients(self.optimizer, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def split(self) -> dict[str, float]:
+        """Seconds of one step by part."""
+        watch = Stopwatch()
+        with ExitStack() as patches:
+
+            def time_as(name: str, owner: Any, attribute: str) -> None:
+                timed = watch.timed(name, getattr(owner, attribute))
+                patches.enter_context(patch.object(owner, attribute, timed))
+
+            time_as("backbone", self.detector, "encode")
+            time_as("matching", Matcher, "__call__")
+            # A position: its applications with gradient, its loss, its backward pass.
+            walk = implicit.supervision.iterate
+            visiting = self._visiting(watch, walk)
+            patches.enter_context(patch.object(implicit.supervision, "iterate", visiting))
+            self(watch)
+        return watch.parts
+
+    @staticmethod
+    def _visiting(watch: Stopwatch, walk: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*args: Any, visit: Callable[..., None], **kwargs: Any) -> Any:
+            with watch.part("path"):
+                return walk(*args, visit=watch.timed("supervised", visit), **kwargs)
+
+        return inner
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A detector's step: seconds by part (medians), and the peak of memory in bytes."""
+
+    detector: str
+    seconds: dict[str, float]
+    peak: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step, without its data."""
+        return sum(self.seconds.values())
+
+
+def measure(name: str, decoder: DecoderConfig, device: str, repeats: int = REPEATS) -> Measured:
+    """Time and memory; the first step is not counted."""
+    step = Step(decoder, device)
+    step()
+    runs = [step.split() for _ in range(repeats)]
+    parts = {part: statistics.median(run[part] for run in runs) for part in PARTS}
+    return Measured(name, parts, peak_bytes(step))
+
+
+def memory(decoder: DecoderConfig, device: str) -> int:
+    """Peak of a step."""
+    step = Step(decoder, device)
+    step()  # the optimiser makes its state
+    return peak_bytes(step)
+
+
+def seconds_of_data(repeats: int = 4) -> float:
+    """Median time of a batch of two images at full size, read by this process."""
+    with TemporaryDirectory() as folder:
+        root = compose_digits(Path(folder), train_images=32, val_images=1, size=128)
+        augmentation = AugmentationConfig(short_sides=(IMAGE[0],), max_size=IMAGE[1])
+        dataset = load_coco_split(root, "train", train_transform(augmentation))
+        batches = iter(make_loader(dataset, BATCH, training=True, workers=0, seed=0))
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            next(batches)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    """Print both tables; write the results."""
+    folder, console = output_folder(__doc__), wide_console()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = [measure(name, decoder, device) for name, decoder in DETECTORS.items()]
+    first = found[0]
+    table = Table("seconds", *PARTS, "step", "over AdaMixer", "peak, GiB", "over AdaMixer")
+    for row in found:
+        table.add_row(
+            row.detector,
+            *(f"{row.seconds[part]:.2f}" for part in PARTS),
+            f"{row.total:.2f}",
+            f"{row.total / first.total:.2f}",
+            f"{row.peak / 2**30:.2f}",
+            f"{row.peak / first.peak:.2f}",
+        )
+    data = seconds_of_data()
+    console.print(f"A training step, ResNet-50, batch {BATCH}, 800×1344. {machine()}.")
+    console.print(table)
+    console.print(
+        f"data: {data:.2f} s. Goals for DEQDet: {GOAL_TIME}× the time, and {GOAL_MEMORY}× the "
+        "memory (on CUDA)."
+    )
+    growth = {t: memory(RecurrentConfig(steps=t), device) for t in RECURRENT_STEPS}
+    table = Table("RNNDet, T", "peak, GiB", "over DEQDet")
+    for t, peak in growth.items():
+        table.add_row(str(t), f"{peak / 2**30:.2f}", f"{peak / found[-1].peak:.2f}")
+    console.print(table)
+    write_results(
+        folder,
+        "training_step",
+        {"steps": [asdict(row) for row in found], "data": data, "rnndet_memory": growth},
+    )
+
+
+if __name__ == "__main__":
+    main()
