@@ -51,7 +51,8 @@ class AdaptiveMixing(nn.Module):
         """Mixed features ``(B, N, content_dim)`` of ``sampled (B, N, G, P, C/G)``."""
         batch, queries, width = content.shape
         content, sampled = content.flatten(0, 1), sampled.flatten(0, 1)
-        mix = self._mix_at_once if torch.is_grad_enabled() else self._mix_by_group
+        by_group = content.is_cpu and not torch.is_grad_enabled()
+        mix = self._mix_by_group if by_group else self._mix_at_once
         return mix(content, sampled).view(batch, queries, width)
 
     def _mix_at_once(self, content: Tensor, sampled: Tensor) -> Tensor:

@@ -152,10 +152,15 @@ class EquilibriumConfig:
         return MOST_STEPS if self.steps == "auto" else self.steps
 
     @property
+    def fixed_stop(self) -> implicit.Steps:
+        """As many steps as inference takes at most, whatever comes of them."""
+        return implicit.Steps(self.most_steps)
+
+    @property
     def eval_stop(self) -> implicit.Steps | implicit.Tolerance:
         """When refinement ends at inference, whatever the detections."""
         if self.tolerance is None:
-            return implicit.Steps(self.most_steps)
+            return self.fixed_stop
         return implicit.Tolerance(rtol=self.tolerance, atol=0.0, max_steps=self.most_steps)
 
     @property

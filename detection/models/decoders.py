@@ -46,12 +46,15 @@ class Output(NamedTuple):
         boxes: ``(B, N, 4)`` xyxy in pixels of the input image; not clipped to it.
         residual: ``(T, B)`` relative residual at each refinement; `None` unless asked for.
         steps: ``(B,)`` solver steps that an image took; `None` where nothing is solved.
+        queries: the refined queries that this was read from, where a fixed point was solved for:
+            the start for the next frame of a film.
     """
 
     logits: Tensor
     boxes: Tensor
     residual: Tensor | None = None
     steps: Tensor | None = None
+    queries: Queries | None = None
 
 
 @dataclass
@@ -233,6 +236,7 @@ class EquilibriumDecoder(Decoder):
         *,
         stop: implicit.Steps | implicit.Tolerance | None = None,
         solver: implicit.Solver | None = None,
+        start: Queries | None = None,
         trace: bool = False,
     ) -> Output:
         """The detections at the fixed point.
@@ -243,11 +247,13 @@ class EquilibriumDecoder(Decoder):
             stop: when to stop refining; by default as the configuration says.
             solver: by default the one of the configuration; of another than `implicit.Naive` the
                 best iterate counts (`implicit.Best`).
+            start: where to start instead of at the first layer's output: at ``output.queries`` of
+                the frame before, in a film.
             trace: also return the relative residual of every refinement.
         """
         solution = implicit.fixed_point(
             self.refinement,
-            self.first(queries, features),
+            self.first(queries, features) if start is None else start,
             solver=self._safe(solver or self.config.eval_solver or self.config.solver),
             stop=stop or self.stop,
             gradient=implicit.JFB(),
@@ -255,7 +261,9 @@ class EquilibriumDecoder(Decoder):
             trace=trace,
         )
         output = _read(self.refinement, solution.value)
-        return output._replace(residual=solution.trace, steps=solution.steps)
+        return output._replace(
+            residual=solution.trace, steps=solution.steps, queries=solution.value
+        )
 
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:
         start = self.first(queries, features)

@@ -1,0 +1,67 @@
+"""The engine where there is no GPU: it is the model; and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from detection.engine import Engine
+from detection.models.detector import Detector
+from detection.recipes import recipe
+
+
+def model() -> Detector:
+    torch.manual_seed(0)
+    config = recipe("deqdet_digits").model
+    return Detector(replace(config, decoder=replace(config.decoder, steps=3))).eval()
+
+
+def test_on_a_cpu_it_is_the_model() -> None:
+    detector, images = model(), torch.rand(2, 3, 64, 96) * 255
+    sizes = torch.tensor([[64, 96], [50, 80]])
+    with torch.inference_mode():
+        wanted = detector(images, sizes)
+    found = Engine(detector, dtype=torch.float32)(images, sizes)
+    assert torch.equal(found.boxes, wanted.boxes) and torch.equal(found.logits, wanted.logits)
+
+
+def test_in_bfloat16_boxes_stay_in_float32() -> None:
+    detector, images = model(), torch.rand(1, 3, 64, 64) * 255
+    sizes = torch.tensor([[64, 64]])
+    exact = Engine(detector, dtype=torch.float32)(images, sizes)
+    output = Engine(detector)(images, sizes)
+    assert output.boxes.dtype == torch.float32
+    torch.testing.assert_close(output.boxes, exact.boxes, rtol=0.05, atol=2.0)
+    torch.testing.assert_close(output.logits.float(), exact.logits, rtol=0.05, atol=0.1)
+
+
+def test_it_puts_the_model_in_evaluation_mode() -> None:
+    detector = model().train()
+    Engine(detector)
+    assert not detector.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dtype": torch.float64}, "use torch.bfloat16"), ({"most_shapes": 0}, "at least 1")],
+)
+def test_what_it_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(model(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_gives_what_the_model_gives() -> None:
+    detector = model().cuda()
+    engine = Engine(detector, dtype=torch.float32)
+    for seed in range(3):  # the first is recorded, the others replayed
+        generator = torch.Generator().manual_seed(seed)
+        images = (torch.rand(1, 3, 64, 96, generator=generator) * 255).cuda()
+        sizes = torch.tensor([[64, 96 - seed]]).cuda()
+        with torch.inference_mode():
+            wanted = detector(images, sizes)
+        found = engine(images, sizes)
+        torch.testing.assert_close(found.boxes, wanted.boxes, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-3, atol=1e-3)
