@@ -146,7 +146,7 @@ def main() -> None:
     results.sort(key=lambda result: (list(ARMS).index(result.arm), result.seed))
     console.print(f"AP in per cent after {EPOCHS} epochs, mean and 95 % interval. {machine()}.")
     console.print(table(results))
-    write_results(folder, "detectors", [asdict(result) for result in results])
+    write_results(folder, "detectors", [asdict(result) for result in results], console)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def main() -> None:
 
     draw(errors, folder / "gradient_error.png")
     found = {"modes": [asdict(e) for e in errors], "scaled": [asdict(e) for e in scaled]}
-    path = write_results(folder, "gradient_error", found)
+    path = write_results(folder, "gradient_error", found, console)
     console.print(f"Wrote {path.name} and gradient_error.png.")
 
 

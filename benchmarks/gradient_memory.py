@@ -296,7 +296,7 @@ def main() -> None:
 
     draw(found, folder / "gradient_memory.png")
     results = {"rows": [asdict(m) for m in found], "one_call": calls, "frozen": frozen}
-    write_results(folder, "gradient_memory", results)
+    write_results(folder, "gradient_memory", results, console)
     console.print("Wrote gradient_memory.json and gradient_memory.png.")
 
 

@@ -242,13 +242,14 @@ def output_folder(description: str | None) -> Path:
 
 def wide_console() -> Console:
     """Where tables go: as wide as the terminal, and wide enough for them in a file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=180)
+    console = Console(highlight=False, record=True)
+    return console if console.is_terminal else Console(highlight=False, record=True, width=160)
 
 
-def write_results(folder: Path, module: str, results: Any) -> Path:
-    """Write ``results`` with their `provenance` to ``folder/module.json``."""
+def write_results(folder: Path, module: str, results: Any, console: Console | None = None) -> Path:
+    """Write ``results``, their `provenance` and what was printed to ``folder/module.json``."""
     path = folder / f"{module}.json"
-    content = {**provenance(module), "results": results}
+    printed = {} if console is None else {"printed": console.export_text(clear=False)}
+    content = {**provenance(module), **printed, "results": results}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

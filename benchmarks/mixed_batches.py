@@ -140,7 +140,7 @@ def main() -> None:
     console = wide_console()
     console.print(f"Rows that f saw, to a relative residual of {TOLERANCE:g}. {machine()}.")
     console.print(table)
-    write_results(folder, "mixed_batches", found)
+    write_results(folder, "mixed_batches", found, console)
 
 
 if __name__ == "__main__":

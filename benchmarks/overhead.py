@@ -197,7 +197,7 @@ def main() -> None:
         f"{machine()}."
     )
     console.print(table)
-    write_results(folder, "overhead", found)
+    write_results(folder, "overhead", found, console)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,9 @@ def main() -> None:
         table.add_section()
     console.print(f"One refinement, 800×1344, batch 1, inference mode. {machine()}.")
     console.print(table)
-    write_results(folder, "refinement", {"times": [asdict(row) for row in found], "apart": rest})
+    write_results(
+        folder, "refinement", {"times": [asdict(row) for row in found], "apart": rest}, console
+    )
 
 
 if __name__ == "__main__":

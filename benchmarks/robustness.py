@@ -225,7 +225,9 @@ def main() -> None:
 
     draw_profile(runs, folder / "robustness.png")
     summary = {"solved": solved, "common": common, "evaluations_on_common": totals}
-    path = write_results(folder, "robustness", {**summary, "runs": [asdict(x) for x in runs]})
+    path = write_results(
+        folder, "robustness", {**summary, "runs": [asdict(x) for x in runs]}, console
+    )
     console.print(f"Wrote {path.name} and robustness.png.")
 
 

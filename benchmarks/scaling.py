@@ -165,7 +165,7 @@ def main() -> None:
     console.print(f"One change at a time from {Work()}. {machine()}.")
     console.print(table)
     draw(found, folder / "scaling.png")
-    write_results(folder, "scaling", [asdict(cost) for cost in found])
+    write_results(folder, "scaling", [asdict(cost) for cost in found], console)
     console.print("Wrote scaling.json and scaling.png.")
 
 

@@ -237,6 +237,7 @@ def main() -> None:
         folder,
         "training_step",
         {"steps": [asdict(row) for row in found], "data": data, "rnndet_memory": growth},
+        console,
     )
 
 

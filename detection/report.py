@@ -95,7 +95,9 @@ def _residuals(model: Detector, batches: Sequence[Batch]) -> Tensor | None:
     columns = []
     for batch in batches:
         batch = batch.to(next(model.parameters()).device)
-        output = model.decoder(*model.encode(batch.images, batch.sizes), trace=True)
+        encoded = model.encode(batch.images, batch.sizes)
+        # Of all steps, also of images whose detections have settled.
+        output = model.decoder(*encoded, stop=model.decoder.config.fixed_stop, trace=True)
         columns.append(output.residual)
     return torch.cat(columns, dim=1).cpu()
 

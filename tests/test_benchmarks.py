@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -15,9 +16,27 @@ import torch
 from torch import Tensor
 
 import implicit
-from benchmarks import detectors, gradient_error, measure, mixed_batches, overhead, robustness
+from benchmarks import (
+    detectors,
+    gradient_error,
+    gradient_memory,
+    measure,
+    mixed_batches,
+    overhead,
+    refinement,
+    report,
+    robustness,
+    scaling,
+    steps,
+    training_step,
+)
+from benchmarks.full_size import full_size
 from benchmarks.problems import problem
 from detection.data import compose_digits
+from detection.models.config import EquilibriumConfig, StackedConfig
+from detection.models.decoders import Output
+
+ROOT = Path(__file__).parents[1]
 
 # -- measure -------------------------------------------------------------------------------------
 
@@ -299,3 +318,106 @@ def test_a_detector_is_trained_once(tmp_path: Path) -> None:
     assert other.config != first.config and other.minutes != first.minutes
     rows = [replace(first, arm=arm, seed=s) for arm in detectors.ARMS for s in detectors.SEEDS]
     assert detectors.table(rows).row_count == len(detectors.ARMS)
+
+
+# -- memory, time and scaling of the refinement --------------------------------------------------
+
+
+def test_peak_counts_what_is_alive_at_once() -> None:
+    def run() -> None:
+        x = torch.ones(2**20)
+        y = x + 1  # two alive
+        del x
+        (y * 2).sum()  # two alive again
+
+    assert measure.peak_bytes(run) == pytest.approx(2 * 4 * 2**20, rel=1e-3)
+
+
+def test_contestants_refine_alike() -> None:
+    small = full_size(5, 4, image=(64, 96))
+    contestants = refinement.contestants(small)
+    assert next(iter(contestants)) == "plain"
+    del contestants["ours, compiled"]
+    with torch.inference_mode():
+        wanted = contestants["plain"](small.queries)
+        for name, refine in contestants.items():
+            found, narrow = refine(small.queries), "bfloat16" in name
+            torch.testing.assert_close(
+                found.content.float(), wanted.content, rtol=0, atol=0.3 if narrow else 1e-3
+            )
+            torch.testing.assert_close(found.boxes, wanted.boxes, rtol=1e-2, atol=1.0)
+
+
+def test_memory_of_a_small_layer_is_what_theory_says() -> None:
+    subject = gradient_memory.generic(batch=64, dim=32)
+    rows = gradient_memory.by_gradient(subject, (1, 3), steps=4)
+    kept = {(row.gradient, row.k): row.kept for row in rows}
+    state = 64 * 32 * 4
+    # tanh keeps its output, the linear layer its input, and the loss the state.
+    assert kept["RAG(k)", 3] - kept["RAG(k)", 1] == 2 * state
+    assert kept["Neumann(k)", 3] == kept["Neumann(k)", 1] == kept["JFB", 1]
+    flat = gradient_memory.by_positions(subject, (1, 4), steps=6)
+    assert flat[0].kept == flat[1].kept
+
+
+def test_exponents_and_a_small_sweep() -> None:
+    assert scaling.exponent([1, 10, 100], [5, 50, 500]) == pytest.approx(1)
+    work = scaling.Work(queries=5, points=4, area=64 * 108, steps=2)
+    costs = [scaling.cost_of("steps", replace(work, steps=n), repeats=1) for n in (2, 4)]
+    assert [cost.size for cost in costs] == [2, 4]
+    assert costs[0].bytes == costs[1].bytes > 0  # the path is not kept
+
+
+def test_the_stopwatch_tells_parts_from_what_is_inside_them() -> None:
+    watch = training_step.Stopwatch()
+    with watch.part("path"):
+        time.sleep(0.02)
+        with watch.part("matching"):
+            time.sleep(0.05)
+    assert watch.parts["matching"] >= 0.05 and watch.parts["path"] >= 0.02
+    assert sum(watch.parts.values()) < 0.02 + watch.parts["matching"] + 0.05
+    assert watch.parts["backward"] == 0
+
+
+def test_a_training_step_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "IMAGE", (64, 96))
+    monkeypatch.setattr(training_step, "QUERIES", 5)
+    decoder = EquilibriumConfig(train_steps=3, multiples=1, spacing=2)
+    parts = training_step.Step(decoder, "cpu").split()
+    assert all(parts[name] > 0 for name in training_step.PARTS)
+    parts = training_step.Step(StackedConfig(layers=1), "cpu").split()
+    assert parts["path"] == parts["supervised"] == 0 < parts["matching"]
+
+
+def test_jumps_are_beyond_the_movement_of_the_window() -> None:
+    def output(boxes: list[list[float]], scores: list[float]) -> Output:
+        logits = torch.logit(torch.tensor(scores))[None, :, None]
+        return Output(logits, torch.tensor([boxes]))
+
+    before = output([[10, 10, 20, 20], [50, 50, 60, 60]], [0.9, 0.1])
+    after = output([[80, 80, 90, 90], [9, 9.5, 19, 19]], [0.9, 0.9])
+    assert steps.jumps_between(before, after) == pytest.approx([0.5])
+    assert steps.jumps_between(before, output([[0, 0, 1, 1]], [0.1])) == []
+
+
+def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    console = measure.wide_console()
+    console.print("a table")
+    measure.write_results(folder, "overhead", [], console)
+    (folder / "overhead.png").write_bytes(b"")
+    monkeypatch.setattr("sys.argv", ["report", "--output", str(folder)])
+    report.main()
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "## `python -m benchmarks.overhead`" in page
+    assert "a table" in page and "](results/overhead.png)" in page
+    assert measure.machine() in page
+
+
+def test_the_page_in_the_repository_is_that_of_its_results() -> None:
+    """Every result has its section, and what it printed is there to the letter."""
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        written = json.loads(path.read_text(encoding="utf-8"))
+        assert report.section(path.stem, written, path.parent) in page

@@ -67,8 +67,6 @@ class Detector(nn.Module):
             "pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False
         )
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
-        # Convolutions are faster so, on CPUs and on GPUs, and the decoder reads such maps faster.
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, sizes: Tensor) -> Output:
         """Detect: the output of the last refinement.
@@ -113,5 +111,7 @@ class Detector(nn.Module):
         rows = torch.arange(height, device=images.device) < sizes[:, 0, None]
         columns = torch.arange(width, device=images.device) < sizes[:, 1, None]
         inside = rows[:, None, :, None] & columns[:, None, None, :]
+        # Convolutions take the layout of their input, and are faster in this one.  Weights keep
+        # theirs: torch's fused optimisers mistake one layout for another in a loaded state.
         images = images.contiguous(memory_format=torch.channels_last)
         return (images - self.pixel_mean) / self.pixel_std * inside
