@@ -30,6 +30,7 @@ from implicit import (
     Tolerance,
     fixed_point,
 )
+from implicit.solvers.history import ImagePairs, SecantHistory
 
 ALL = [Naive(), Naive(0.7), Anderson(), Anderson(memory=1), Broyden(), Broyden(memory=1)]
 SECANT = [Anderson(), Anderson(memory=1), Anderson(mixing=0.7), Broyden(), Broyden(memory=2)]
@@ -1168,3 +1169,36 @@ def test_solvers_that_need_the_map_cannot_begin_without_it() -> None:
         Elsewhere().init(y)
     with pytest.raises(TypeError, match="runs as a whole and cannot be stepped"):
         Elsewhere().step(None, y, y, y)
+
+
+# Found missing by mutants
+
+
+def test_between_extrapolations_every_step_is_plain() -> None:
+    """With ``every=3``, steps 3, 6, 9 extrapolate; the others are ``y + β r``, to the last bit."""
+    matrix = random(5, 5, seed=0)
+    matrix = 0.9 * matrix / torch.linalg.matrix_norm(matrix, 2)
+
+    def f(y: Tensor) -> Tensor:
+        return torch.tanh(y @ matrix) + 1
+
+    y0 = torch.zeros(1, 5, dtype=torch.float64)
+    solver = implicit.Anderson(memory=4, mixing=0.5, every=3)
+    steps = range(1, 10)
+    path = [y0, *fixed_point(f, y0, solver=solver, stop=Steps(9), path=steps).path]
+    for n, (y, following) in enumerate(itertools.pairwise(path), start=1):
+        assert torch.equal(following, y.lerp(f(y), 0.5)) == (n % 3 != 0), n
+
+
+def test_the_oldest_of_the_pairs_handed_on_is_the_first_to_go() -> None:
+    numbered = torch.arange(1.0, 4.0).view(1, 3, 1).expand(1, 3, 2)
+    handed_on = ImagePairs(numbered.clone(), 10 * numbered)
+    y = torch.zeros(1, 2)
+    history = SecantHistory.of(handed_on, y, memory=3, growth=10.0)
+    history.scale = torch.ones(1, 3)
+    history.push(y + 7, y + 70)
+    history.hold(y + 70)
+    history.push(y + 3, y + 30)  # a pair: 4 and 40, old less new
+    residuals, images = history.export()
+    # The slot of the pair now oldest is where the next image would wait.
+    assert residuals[0, 1:, 0].tolist() == [3, 4] and images[0, 1:, 0].tolist() == [30, 40]
