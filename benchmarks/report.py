@@ -1,8 +1,9 @@
-"""Writes ``README.md`` beside the results: each command, what it measures, its tables, its plot.
+"""Writes ``benchmarks/README.md``: each command, what it measures, its tables, its plot.
 
     python -m benchmarks.report
 
-Everything in it is taken from the files that the commands wrote.
+Everything in it is taken from the files that the commands wrote, and so are the headline figures
+that it puts into the README of the project.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ HEAD = """# Benchmarks
 figures are those of the machine and the day that stand above them. A figure that missed its goal
 stays.
 """
+
+
+BEGIN, END = "<!-- figures: python -m benchmarks.report -->", "<!-- end of figures -->"
 
 
 def section(name: str, written: dict[str, Any], folder: Path) -> str:
@@ -43,8 +47,83 @@ def section(name: str, written: dict[str, Any], folder: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def headlines(folder: Path) -> list[str]:
+    """Lines of the table in the project's README."""
+
+    def results(name: str) -> Any:
+        written = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return written["results"]
+
+    lines = ["| | ours | beside it |", "| --- | --- | --- |"]
+
+    def add(what: str, ours: str, beside: str) -> None:
+        lines.append(f"| {what} | {ours} | {beside} |")
+
+    memory = results("gradient_memory")
+    call = memory["one_call"][0]
+    add(
+        "kept by one refinement for its backward pass, 100 queries, 32 points",
+        f"{call['ours'] / 2**20:.1f} MiB",
+        f"{call['plain'] / 2**20:.1f} MiB: the same of torch's plain operators",
+    )
+    own = [row for row in memory["rows"] if row["layer"] == "refinement 100/32"]
+    kept = {(row["gradient"], row["k"], row["steps"]): row["kept"] / 2**20 for row in own}
+    peak = {(row["gradient"], row["k"], row["steps"]): row["peak"] / 2**20 for row in own}
+    add(
+        "kept by `JFB()`; by `Neumann(8)`; by `RAG(2)`",
+        "; ".join(
+            f"{kept[key]:.1f} MiB"
+            for key in (("JFB", 1, 5), ("Neumann(k)", 8, 5), ("RAG(k)", 2, 5))
+        ),
+        f"{kept['BPTT', 1, 50]:.0f} MiB: BPTT through 50 steps",
+    )
+    add(
+        "peak of `supervise` with `RAG(2)`: 5 steps; 50 steps; 8 positions of 20",
+        "; ".join(
+            f"{peak[key]:.0f} MiB"
+            for key in (
+                ("supervise at 1", 2, 5),
+                ("supervise at 1", 2, 50),
+                ("supervise at 8", 2, 20),
+            )
+        ),
+        f"{peak['BPTT', 1, 50]:.0f} MiB: BPTT through 50 steps",
+    )
+    times = {row["contestant"]: row for row in results("refinement")["times"][:5]}
+    for name in ("ours", "ours, compiled"):
+        add(
+            f"time of one refinement on two cores{name.removeprefix('ours')}",
+            f"{times[name]['median']:.1f} ms ({times[name]['ratio']:.2f}×)",
+            f"{times['plain']['median']:.1f} ms: plain operators",
+        )
+    steps = {row["detector"]: row for row in results("training_step")["steps"]}
+    seconds = {name: sum(row["seconds"].values()) for name, row in steps.items()}
+    for what, of in (
+        ("training step, ResNet-50, batch 2, 800×1344", lambda name: f"{seconds[name]:.1f} s"),
+        ("peak of its memory", lambda name: f"{steps[name]['peak'] / 2**30:.1f} GiB"),
+    ):
+        add(what, f"{of('DEQDet')} (DEQDet)", f"{of('AdaMixer')}: AdaMixer in the same code")
+    points = {(row["kind"], row["setting"]): row for row in results("steps")["points"]}
+    auto, full = points["auto", "settled"], points["naive", "25 steps"]
+    add(
+        'refinements of an image with `steps="auto"`, trained on digits',
+        f"{auto['steps']:.1f}, AP {100 * auto['AP']:.1f}",
+        f"25, AP {100 * full['AP']:.1f}",
+    )
+    return lines
+
+
+def put_headlines(readme: Path, lines: list[str]) -> None:
+    """Replace what stands between the two marks in ``readme``."""
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    block = "\n".join([BEGIN, *lines, END])
+    readme.write_text(before + block + after, encoding="utf-8")
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the page, and the headlines."""
     folder = output_folder(__doc__)
     sections = [HEAD.strip()]
     for path in sorted(folder.glob("*.json")):
@@ -52,6 +131,9 @@ def main() -> None:
         sections.append(section(path.stem, written, folder))
     page = folder.parent / "README.md"
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    readme = folder.parents[1] / "README.md"
+    if readme.exists() and BEGIN in readme.read_text(encoding="utf-8"):
+        put_headlines(readme, headlines(folder))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import detectors
+from benchmarks import detectors, report
 from detection.models.detector import Detector
 from detection.recipes import recipe, recipe_names
 
@@ -46,3 +46,9 @@ def test_the_detectors_are_as_they_were_measured() -> None:
     columns = [list(column.cells) for column in detectors.table(results).columns[:-1]]
     for row in zip(*columns, strict=True):
         assert f"| {' | '.join(map(str, row))} |" in README
+
+
+def test_headline_figures_are_those_of_the_benchmarks() -> None:
+    wanted = report.headlines(ROOT / "benchmarks" / "results")
+    found = README.split(report.BEGIN)[1].split(report.END)[0].strip().splitlines()
+    assert found == wanted and len(wanted) > 5

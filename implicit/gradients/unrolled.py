@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit.arguments import check_count, check_flag, check_number
 from implicit.gradients.base import Gradient, Map
+from implicit.transforms import is_transforming
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class RAG(Gradient):
         check_flag("RAG", "recompute", self.recompute)
 
     def attach(self, f: Map, value: Tensor) -> Tensor:
+        if self.recompute and is_transforming():
+            raise RuntimeError(
+                f"{self}: torch.func cannot recompute. Use RAG({self.k}), or Neumann({self.k}), "
+                "which keeps one application."
+            )
         y = value
         for _ in range(self.k):
             y = checkpoint(f, y, use_reentrant=False) if self.recompute else f(y)

@@ -1156,3 +1156,19 @@ def test_recomputed_applications_give_the_same_gradient(k: int) -> None:
         gradients.append([x.grad, *(p.grad for p in layer.parameters())])
     assert kept[1] < kept[0]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_torch_func_cannot_recompute_and_says_what_can() -> None:
+    def loss(w: Tensor) -> Tensor:
+        gradient = implicit.RAG(2, recompute=True)
+        return implicit.fixed_point(
+            lambda y: torch.tanh(y * w), torch.zeros(1, 3), gradient=gradient
+        ).value.sum()
+
+    with pytest.raises(RuntimeError, match=r"cannot recompute. Use RAG\(2\), or Neumann\(2\)"):
+        torch.func.grad(loss)(torch.ones(3))
+
+
+def test_recompute_is_a_flag() -> None:
+    with pytest.raises(ValueError, match=r"RAG\(recompute='no'\)"):
+        implicit.RAG(2, recompute="no")  # type: ignore[arg-type]
