@@ -26,7 +26,7 @@ class Problem:
         layer: in evaluation mode, with random weights everywhere.
         queries: with boxes of all sizes all over the image.
         features: maps ``(B, 256, H/s, W/s)`` as a neck would give them, channels second.
-        prepared: the same as `detection.models.detector.Detector` hands them to its decoder.
+        prepared: the same as the detector hands them to its decoder at inference.
     """
 
     layer: RefinementLayer
@@ -66,4 +66,6 @@ def full_size(
     content = torch.randn(batch, queries, 256, generator=generator).to(device)
     layer = layer.to(device)
     start = Queries(position, content, decode_position(position))
-    return Problem(layer, start, features, layer.prepare(features))
+    with torch.no_grad():
+        prepared = layer.prepare(features)
+    return Problem(layer, start, features, prepared)

@@ -98,7 +98,7 @@ def refinement(queries: int, points: int) -> Subject:
         f"refinement {queries}/{points}",
         problem.layer,
         problem.queries,
-        (problem.prepared,),
+        (problem.features,),
         lambda y: y.content.square().mean() + y.boxes.mean(),
         problem.outside,
     )
@@ -211,8 +211,8 @@ def one_call(queries: int, points: int) -> dict[str, int]:
     return {
         "queries": queries,
         "points": points,
-        "ours": kept(lambda: layer(queries_there, problem.prepared)),
-        "ours, maps as they come": kept(lambda: layer(queries_there, maps)),
+        "ours": kept(lambda: layer(queries_there, maps)),
+        "ours, channels last": kept(lambda: layer(queries_there, problem.prepared)),
         "plain": kept(lambda: plain_layer.refine(layer, queries_there, maps)),
     }
 
@@ -272,11 +272,11 @@ def main() -> None:
         console.print(table_of(rows, rows[0]))
         found += rows
 
-    table = Table("one call, queries/points", "ours", "maps as they come", "plain", "published")
+    table = Table("one call, queries/points", "ours", "channels last", "plain", "published")
     calls = [one_call(*size) for size in SIZES]
     for call in calls:
         size = call["queries"], call["points"]
-        names = ("ours", "ours, maps as they come", "plain")
+        names = ("ours", "ours, channels last", "plain")
         table.add_row(
             "{}/{}".format(*size),
             *(f"{call[name] / 2**20:.1f} MiB" for name in names),

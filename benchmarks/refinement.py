@@ -31,7 +31,7 @@ from detection.decoder.queries import Queries
 
 CHAIN = 5
 """Refinements that are timed together."""
-REPEATS = 15
+REPEATS = 11
 GOALS = {"ours": 0.70, "ours, compiled": 0.60, "ours, bfloat16": 0.35}
 """Of the plain composition's time, at 100 queries and 32 points; the last needs AMX."""
 

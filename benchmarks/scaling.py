@@ -6,7 +6,7 @@ From 100 queries, 32 points, an image of 800×1344, batch 1 and T = 25 one of th
 time.  Time is that of the whole path in inference mode (median, the device's work included);
 memory is the peak of forward and backward pass of one supervised position with RAG(2) at the end
 of it (`benchmarks.measure.peak_bytes`).  The exponent ``p`` of ``cost ∝ size^p`` is the slope of a
-least-squares line through the logarithms.
+least-squares line through the logarithms.  Feature maps are as a neck gives them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _solver(problem: Problem, steps: int) -> Callable[[], object]:
         solver=implicit.Naive(),
         stop=implicit.Steps(steps),
         gradient=implicit.JFB(),
-        args=(problem.prepared,),
+        args=(problem.features,),
     )
 
 
@@ -102,7 +102,7 @@ def _training(problem: Problem, steps: int) -> Callable[[], object]:
             lambda y, _: y.content.square().mean() + y.boxes.mean(),
             at=(steps,),
             gradient=implicit.RAG(2),
-            args=(problem.prepared,),
+            args=(problem.features,),
             parameters=problem.layer.parameters(),
         )
         supervision.loss.backward()
