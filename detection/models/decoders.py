@@ -35,11 +35,7 @@ Features = Sequence[Tensor]
 """Feature maps ``(B, C, H/s, W/s)`` for the strides ``s`` of the layer."""
 
 Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
-"""``criterion(logits, boxes)`` returns the loss and its parts, the latter detached.
-
-Where it has a method ``together``, that gets a list of such pairs and returns a list: several
-outputs are then matched with one wait for the device.
-"""
+"""``criterion(logits, boxes)`` returns the loss and its parts, the latter detached."""
 
 
 class Output(NamedTuple):
@@ -119,13 +115,15 @@ class _Scores:
 
     def __init__(self, criterion: Criterion) -> None:
         self.criterion = criterion
-        self.outputs: dict[str, Output] = {}
+        self.totals: list[Tensor] = []
         self.losses: dict[str, Tensor] = {}
         self.parts: dict[str, Tensor] = {}
 
     def add(self, name: str, output: Output) -> None:
-        """An output whose loss goes into the total."""
-        self.outputs[name] = output
+        """Score an output whose loss goes into the total."""
+        loss, parts = self.criterion(output.logits, output.boxes)
+        self.totals.append(loss)
+        self.note(name, loss.detach(), parts)
 
     def note(self, name: str, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Record a loss whose gradient is taken care of elsewhere."""
@@ -134,19 +132,7 @@ class _Scores:
             self.parts[part] = self.parts[part] + value if part in self.parts else value
 
     def supervised(self, *more: Tensor) -> Supervised:
-        """The outputs' losses, all scored now, and ``more``."""
-        predictions = [(output.logits, output.boxes) for output in self.outputs.values()]
-        together = getattr(self.criterion, "together", None)
-        if together is None:
-            scored = [self.criterion(*each) for each in predictions]
-        else:
-            scored = together(predictions)
-        noted, self.losses = self.losses, {}
-        for name, (loss, parts) in zip(self.outputs, scored, strict=True):
-            self.note(name, loss.detach(), parts)
-        totals = [loss for loss, _ in scored]
-        losses = {**self.losses, **noted}
-        return Supervised(torch.stack([*totals, *more]).sum(), losses, self.parts)
+        return Supervised(torch.stack([*self.totals, *more]).sum(), self.losses, self.parts)
 
 
 class StackedDecoder(Decoder):

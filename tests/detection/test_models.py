@@ -684,30 +684,5 @@ def test_an_image_is_detected_alike_in_any_batch(solver: Solver, tolerance: floa
                 assert torch.equal(found, getattr(pair, part)[1])
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_outputs_that_are_at_hand_are_matched_together(name: str) -> None:
-    """One wait for the device, however many outputs; and the losses are those of each alone."""
-    decoder, maps, start = decoder_of(DECODERS[name]), features(), queries()
-    real, numbers = criterion(dtype=torch.float64), []
-
-    class Counting:
-        def __call__(self, logits: Tensor, boxes: Tensor) -> Any:
-            return real(logits, boxes)
-
-        def together(self, predictions: Any) -> Any:
-            numbers.append(len(predictions))
-            return real.together(predictions)
-
-    found = decoder.losses(maps, start, Counting(), torch.Generator().manual_seed(0))
-    wanted = decoder.losses(
-        maps, start, lambda *each: real(*each), torch.Generator().manual_seed(0)
-    )
-    assert len(numbers) == 1 and numbers[0] >= 3
-    assert list(found.losses) == list(wanted.losses)
-    assert torch.equal(found.total, wanted.total)
-    for key, loss in wanted.losses.items():
-        assert torch.equal(found.losses[key], loss)
-
-
 def test_nothing_to_match_is_matched_at_once() -> None:
     assert criterion(dtype=torch.float64).together([]) == []

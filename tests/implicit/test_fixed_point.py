@@ -345,7 +345,7 @@ def test_module_with_aux() -> None:
 
 def test_module_tells_its_choices() -> None:
     text = repr(FixedPoint(torch.cos, solver=Broyden(memory=7), stop=Steps(3), gradient=RAG(2)))
-    for part in ("Broyden(memory=7", "Steps(n=3)", "RAG(k=2)"):
+    for part in ("Broyden(memory=7", "Steps(n=3)", "RAG(k=2, recompute=False)"):
         assert part in text
 
 
@@ -362,7 +362,7 @@ def never(y: Tensor) -> Tensor:
         ({"solver": "anderson"}, r"solver='anderson' is not a solver.*implicit\.Anderson\(memory"),
         ({"solver": Anderson}, r"solver=.*Anderson.*is not a solver"),
         ({"solver": None}, r"solver=None is not a solver"),
-        ({"solver": RAG(2)}, r"solver=RAG\(k=2\) is not a solver"),
+        ({"solver": RAG(2)}, r"solver=RAG\(k=2, recompute=False\) is not a solver"),
         ({"stop": 20}, r"stop=20 is not a stop.*implicit\.Tolerance.*implicit\.Steps\(20\)"),
         ({"stop": 1e-3}, r"stop=0\.001 is not a stop"),
         ({"gradient": "rag"}, r"gradient='rag' is not a gradient.*implicit\.RAG\(2\)"),

@@ -101,7 +101,7 @@ def test_autocast_reaches_f_alone() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         states, figures = deq(lambda y: torch.tanh(0.2 * linear(y)), torch.zeros(2, 4))
     assert torch.isfinite(states[-1]).all()
-    assert (figures["rel_lowest"] < 1e-2).all()
+    assert (figures["rel_lowest"] < 2e-2).all()  # bfloat16 tells 2⁻⁷ apart
 
 
 def test_one_of_torchdeqs_own_names_is_replaced() -> None:
