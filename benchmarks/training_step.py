@@ -143,7 +143,7 @@ class Step:
                 patches.enter_context(patch.object(owner, attribute, timed))
 
             time_as("backbone", self.detector, "encode")
-            time_as("matching", Matcher, "together")
+            time_as("matching", Matcher, "__call__")
             # A position: its applications with gradient, its loss, its backward pass.
             walk = implicit.supervision.iterate
             visiting = self._visiting(watch, walk)

@@ -157,6 +157,15 @@ def _level(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _point(points, i, live, per_image, count, groups):  # type: ignore[no-untyped-def]
+    """Coordinates of the points ``i``, and whose image and group they are of."""
+    x = tl.load(points + 3 * i, mask=live, other=0.0)
+    y = tl.load(points + 3 * i + 1, mask=live, other=0.0)
+    z = tl.load(points + 3 * i + 2, mask=live, other=0.0)
+    return x, y, z, i // per_image, (i // count) % groups
+
+
+@triton.jit
 def _weights(z, s0, s1, s2, s3):  # type: ignore[no-untyped-def]
     """Softmax over the levels of ``−(z − log2 s)²/2``, and each level's ``−(z − log2 s)``."""
     a0, a1, a2, a3 = tl.log2(s0) - z, tl.log2(s1) - z, tl.log2(s2) - z, tl.log2(s3) - z
@@ -176,10 +185,7 @@ def _forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live, channel = i < number, tl.arange(0, E)
-    x = tl.load(points + 3 * i, mask=live, other=0.0)
-    y = tl.load(points + 3 * i + 1, mask=live, other=0.0)
-    z = tl.load(points + 3 * i + 2, mask=live, other=0.0)
-    image, group = i // per_image, (i // count) % groups
+    x, y, z, image, group = _point(points, i, live, per_image, count, groups)
     p0, p1, p2, p3, _a0, _a1, _a2, _a3 = _weights(z, s0 + z * 0, s1 + z * 0, s2 + z * 0, s3 + z * 0)
     total = _level(f0, x, y, image, group, groups, live, h0, w0, s0, channel, E) * p0[:, None]
     total += _level(f1, x, y, image, group, groups, live, h1, w1, s1, channel, E) * p1[:, None]
@@ -223,10 +229,7 @@ def _backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live, channel = i < number, tl.arange(0, E)
-    x = tl.load(points + 3 * i, mask=live, other=0.0)
-    y = tl.load(points + 3 * i + 1, mask=live, other=0.0)
-    z = tl.load(points + 3 * i + 2, mask=live, other=0.0)
-    image, group = i // per_image, (i // count) % groups
+    x, y, z, image, group = _point(points, i, live, per_image, count, groups)
     place = gradient + i.to(tl.int64)[:, None] * E + channel[None, :]
     g = tl.load(place, mask=live[:, None], other=0.0).to(tl.float32)
     p0, p1, p2, p3, a0, a1, a2, a3 = _weights(z, s0 + z * 0, s1 + z * 0, s2 + z * 0, s3 + z * 0)

@@ -18,7 +18,6 @@ from detection.boxes import generalized_iou
 from detection.distributed import Distributed
 from detection.training.matching import (
     Matcher,
-    Matches,
     MatchingCost,
     check_weights,
     focal,
@@ -123,23 +122,8 @@ class Criterion:
         Raises:
             NonFiniteCost: if a prediction or a target is not finite.
         """
-        return self.together([(logits, boxes)])[0]
-
-    def together(
-        self, predictions: Sequence[tuple[Tensor, Tensor]]
-    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """The same for several predictions, matched with one wait for the device."""
-        fine = [tuple(map(single_precision_or_better, each)) for each in predictions]
-        matched = self.match.together([(logits, boxes) for logits, boxes in fine])
-        return [
-            self._losses(logits, boxes, matches)
-            for (logits, boxes), matches in zip(fine, matched, strict=True)
-        ]
-
-    def _losses(
-        self, logits: Tensor, boxes: Tensor, matches: Matches
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        image, query, target = matches
+        logits, boxes = single_precision_or_better(logits), single_precision_or_better(boxes)
+        image, query, target = self.match(logits, boxes)
         w = self.weights
         on = logits[image, query, self.labels[target]]
         # All logits are counted as off; then the matched ones are moved to the other side.

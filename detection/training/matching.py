@@ -97,22 +97,10 @@ class Matcher:
 
     def __call__(self, logits: Tensor, boxes: Tensor) -> Matches:
         """The cheapest pairs of each image, ``min(N, G)`` of them; see `match`."""
-        return self.together([(logits, boxes)])[0]
-
-    def together(self, predictions: Sequence[tuple[Tensor, Tensor]]) -> list[Matches]:
-        """The same for several predictions, which wait for the device only once."""
-        if not predictions:
-            return []
-        costs = torch.stack([self.costs(*each) for each in predictions]).cpu().numpy()
+        queries = logits.shape[1]
+        costs = self.costs(logits, boxes).cpu().numpy()  # the only wait for the device
         if not np.isfinite(costs).all():
             self._refuse(costs)
-        pairs = np.stack([self._pairs(of_prediction) for of_prediction in costs])
-        device = predictions[0][0].device
-        return [Matches(*each) for each in torch.from_numpy(pairs).to(device, non_blocking=True)]
-
-    def _pairs(self, costs: np.ndarray) -> np.ndarray:
-        """`Matches` as one array ``(3, M)``, of costs ``(B, N, G)``."""
-        queries = costs.shape[1]
         pairs = np.empty((3, sum(min(queries, count) for count in self.counts)), dtype=np.int64)
         start = first_target = 0
         for image, count in enumerate(self.counts):
@@ -122,14 +110,13 @@ class Matcher:
             pairs[1, start:end] = query
             pairs[2, start:end] = target + first_target
             start, first_target = end, first_target + count
-        return pairs
+        return Matches(*torch.from_numpy(pairs).to(logits.device, non_blocking=True))
 
     def _refuse(self, costs: np.ndarray) -> None:
-        fine = np.isfinite(costs).all(axis=(0, 2, 3))
-        bad = [image_id for image_id, ok in zip(self.image_ids, fine, strict=True) if not ok]
+        bad = [self.image_ids[i] for i, c in enumerate(costs) if not np.isfinite(c).all()]
         shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
         raise NonFiniteCost(
-            f"The matching costs of {len(bad)} of {len(fine)} images (image ids {shown}) are not "
+            f"The matching costs of {len(bad)} of {len(costs)} images (image ids {shown}) are not "
             "finite: the logits, the predicted boxes or the annotated boxes hold NaN or infinity. "
             "What helps: (a) a lower learning rate or a longer warm-up, (b) clipping the gradient, "
             "(c) looking at the annotations of these images."

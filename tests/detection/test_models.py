@@ -682,7 +682,3 @@ def test_an_image_is_detected_alike_in_any_batch(solver: Solver, tolerance: floa
                 found = getattr(together, part)[i]
                 assert torch.equal(found, getattr(alone, part)[0])
                 assert torch.equal(found, getattr(pair, part)[1])
-
-
-def test_nothing_to_match_is_matched_at_once() -> None:
-    assert criterion(dtype=torch.float64).together([]) == []
