@@ -10,7 +10,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -174,6 +174,27 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def by_turns(
+    runs: Sequence[Callable[[], object]], repeats: int, uncounted: int = 1
+) -> list[list[float]]:
+    """Seconds of each run, shortest first; all take turns, and the first turns do not count.
+
+    A machine that slows down so slows down all of them.
+    """
+    rounds = [[seconds(run) for run in runs] for _ in range(uncounted + repeats)]
+    return [sorted(times) for times in zip(*rounds[uncounted:], strict=True)]
+
+
+def p95(times: Sequence[float]) -> float:
+    """The 95th percentile of times in ascending order.
+
+    Example:
+        >>> p95(range(101))
+        95
+    """
+    return times[min(len(times) - 1, int(0.95 * len(times)))]
+
+
 def operations_of(run: Callable[[], object]) -> int:
     """Tensor operations that ``run`` does, views included (see `Operations`)."""
     with Operations() as operations:
@@ -226,8 +247,8 @@ def provenance(module: str) -> dict[str, Any]:
     }
 
 
-def output_folder(description: str | None) -> Path:
-    """The one option that the benchmarks have, ``--output``; the folder is made."""
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """With the option that all benchmarks have, ``--output``."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -235,7 +256,12 @@ def output_folder(description: str | None) -> Path:
     parser.add_argument(
         "--output", type=Path, default=default, help="folder for results (benchmarks/results)"
     )
-    folder: Path = parser.parse_args().output
+    return parser
+
+
+def output_folder(description: str | None) -> Path:
+    """What ``--output`` says, of a benchmark that has no other option; the folder is made."""
+    folder: Path = argument_parser(description).parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -13,7 +13,7 @@ machine; operations are the increase per evaluation once the memory is full.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -25,11 +25,11 @@ from torch import Tensor
 import implicit
 from benchmarks.measure import (
     Counted,
+    by_turns,
     live_bytes,
     machine,
     operations_of,
     output_folder,
-    seconds,
     wide_console,
     write_results,
 )
@@ -111,12 +111,6 @@ def cheap_map(batch: int, dim: int) -> tuple[Map, Tensor]:
     return (lambda y: torch.addcmul(b, factors, y)), torch.zeros(batch, dim)
 
 
-def interleaved(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each, taking turns; the first round is not counted."""
-    rounds = [[seconds(run) for run in runs] for _ in range(repeats + 1)]
-    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
-
-
 @torch.no_grad()
 def costs(name: str, batch: int, dim: int, *, evaluations: int, repeats: int) -> list[Cost]:
     """Torchdeq's solver of that name, then ours with `Tolerance` and with `Steps`.
@@ -145,7 +139,7 @@ def costs(name: str, batch: int, dim: int, *, evaluations: int, repeats: int) ->
             y = f(y)
 
     solves = {stop: partial(solve, f, y0, evaluations) for stop, solve in contestants.items()}
-    f_time, *times = interleaved([bare, *solves.values()], repeats)
+    f_time, *times = map(statistics.median, by_turns([bare, *solves.values()], repeats))
     overheads = [1e6 * (t - f_time) / evaluations for t in times]
     return [
         Cost(

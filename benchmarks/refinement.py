@@ -26,7 +26,15 @@ from torch.nn import functional as F
 
 from benchmarks import plain_layer
 from benchmarks.full_size import SIZES, Problem, full_size
-from benchmarks.measure import machine, output_folder, seconds, wide_console, write_results
+from benchmarks.measure import (
+    by_turns,
+    machine,
+    output_folder,
+    p95,
+    seconds,
+    wide_console,
+    write_results,
+)
 from detection.decoder.queries import Queries
 
 CHAIN = 5
@@ -82,15 +90,14 @@ def times(problem: Problem, repeats: int = REPEATS) -> list[Time]:
             queries = problem.queries._replace(content=refine(queries).content.float())
 
     runs = {name: functools.partial(chain, f) for name, f in contestants(problem).items()}
-    rounds = [{name: seconds(run) for name, run in runs.items()} for _ in range(repeats + 2)][2:]
+    taken = by_turns(list(runs.values()), repeats, uncounted=2)
     size = problem.queries.content.shape[1], problem.layer.sampling.points
     found: list[Time] = []
-    for name in runs:
-        own = sorted(1e3 * r[name] / CHAIN for r in rounds)
+    for name, times_of_chain in zip(runs, taken, strict=True):
+        own = [1e3 * t / CHAIN for t in times_of_chain]
         median = statistics.median(own)
         plain = found[0].median if found else median
-        p95 = own[min(len(own) - 1, int(0.95 * len(own)))]
-        found.append(Time(*size, name, median, p95, median / plain))
+        found.append(Time(*size, name, median, p95(own), median / plain))
     return found
 
 

@@ -16,7 +16,6 @@ movement, between two frames, for those that are seen in both (score ≥ 0.3).
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import machine, wide_console, write_results
+from benchmarks.measure import argument_parser, machine, wide_console, write_results
 from detection.data import eval_transform, load_coco_split
 from detection.data.coco import CocoDataset
 from detection.models.config import EquilibriumConfig
@@ -189,13 +188,9 @@ def newest(folder: str, pattern: str) -> Path:
 
 def main() -> None:
     """Print the tables; write the results and the plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--run", type=Path, help="folder of a trained run (newest in runs/)")
     parser.add_argument("--data", type=Path, help="its data set (newest in data/)")
-    default = Path(__file__).parent / "results"
-    parser.add_argument("--output", type=Path, default=default, help="folder for results")
     options = parser.parse_args()
     run = options.run or newest("runs", "deqdet_digits*")
     data = options.data or newest("data", "digits*")

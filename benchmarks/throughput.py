@@ -13,7 +13,7 @@ themselves.  On a CPU there is no graph, and the engine is the model.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,7 +21,14 @@ from rich.table import Table
 from torch.nn import functional as F
 
 from benchmarks.full_size import IMAGE
-from benchmarks.measure import machine, output_folder, seconds, wide_console, write_results
+from benchmarks.measure import (
+    by_turns,
+    machine,
+    output_folder,
+    p95,
+    wide_console,
+    write_results,
+)
 from detection.decoder.layer import RefinementLayer
 from detection.detections import select_detections
 from detection.engine import Engine
@@ -44,16 +51,12 @@ class Time:
     p95: float
 
 
-def summary(name: str, times: Sequence[float]) -> Time:
-    """Of several runs."""
-    ordered = sorted(times)
-    return Time(name, statistics.median(ordered), ordered[int(0.95 * (len(ordered) - 1))])
-
-
 def measured(runs: dict[str, Callable[[], object]], repeats: int) -> list[Time]:
-    """All of them by turns; the first two turns are not counted."""
-    rounds = [{name: seconds(run) for name, run in runs.items()} for _ in range(repeats + 2)][2:]
-    return [summary(name, [r[name] for r in rounds]) for name in runs]
+    """All of them by turns."""
+    taken = by_turns(list(runs.values()), repeats, uncounted=2)
+    return [
+        Time(name, statistics.median(own), p95(own)) for name, own in zip(runs, taken, strict=True)
+    ]
 
 
 def contestants(device: str) -> dict[str, Callable[[], object]]:

@@ -96,18 +96,14 @@ class Engine:
         return _Recorded(graph, images, sizes, output)
 
     def _run(self, images: Tensor, sizes: Tensor) -> Output:
-        model = self.model
-        if images.is_cpu:
-            with self._precision("cpu"):
-                output: Output = model(images, sizes)
-            return output
-        with self._precision("cuda"):
-            features, queries = model.encode(images, sizes)
-            if isinstance(model.decoder, EquilibriumDecoder):
-                stop = model.decoder.config.fixed_stop
-                return model.decoder(features, queries, stop=stop)
-            output = model.decoder(features, queries)
-            return output
+        decoder = self.model.decoder
+        with self._precision(images.device.type):
+            if images.is_cpu or not isinstance(decoder, EquilibriumDecoder):
+                output: Output = self.model(images, sizes)
+            else:
+                encoded = self.model.encode(images, sizes)
+                output = decoder(*encoded, stop=decoder.config.fixed_stop)
+        return output
 
     def _precision(self, device: str) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:

@@ -65,7 +65,7 @@ def _coco(
 ) -> Entry:
     swin = backbone == "swin_s"
     if isinstance(decoder, EquilibriumConfig) and decoder.steps == "auto":
-        decoder = replace(decoder, steps=25)  # as the figures of the paper were measured
+        decoder = replace(decoder, steps=decoder.most_steps)  # as the paper's figures were measured
     recipe = Recipe(
         name=name,
         model=ModelConfig(

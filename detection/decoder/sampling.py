@@ -83,8 +83,8 @@ def sample_pyramid(
 
     Maps with their channels last (``torch.channels_last``) are read faster, since the channels of
     a cell then lie side by side: on a CPU as rows of a table, on a GPU by one kernel
-    (`detection.decoder.triton_sampling`).  What is computed for the backward
-    pass of other maps is computed again there and not kept.
+    (`detection.decoder.triton_sampling`).  What other maps need for the backward pass is computed
+    again there where it is much (`detection.decoder.recomputation`).
 
     Args:
         points: ``(B, N, G, P, 3)``.
