@@ -83,9 +83,9 @@ class AdaptiveMixing(nn.Module):
     def _mix(self, sampled: Tensor, matrices: Tensor, projection: Tensor) -> Tensor:
         """``(n, content_dim)`` without the bias, of some groups: ``sampled (n, g, P, E)``."""
         x = sampled.flatten(0, 1)
-        channel, spatial = matrices.view(len(x), -1).split(self.sizes, dim=1)
+        channel, spatial = matrices.view(x.shape[0], -1).split(self.sizes, dim=1)
         x = x @ channel.view(-1, self.channels, self.channels)
         x = F.relu(F.layer_norm(x, x.shape[1:]), inplace=True)
         x = spatial.view(-1, self.out_points, self.points) @ x
         x = F.relu(F.layer_norm(x, x.shape[1:]), inplace=True)
-        return F.linear(x.view(len(sampled), -1), projection)
+        return F.linear(x.view(sampled.shape[0], -1), projection)

@@ -10,7 +10,7 @@ Solving, gradients, supervision and perturbation of the last are those of `impli
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import implicit
 from detection.decoder.layer import LayerConfig, RefinementLayer
+from detection.decoder.movement import Settled
 from detection.decoder.noise import BoxNoise, ContentNoise
 from detection.decoder.queries import Queries, QueryLayer
 from detection.decoder.sparse_rcnn import SparseRCNNLayer
@@ -48,6 +49,8 @@ class Output(NamedTuple):
         steps: ``(B,)`` solver steps that an image took; `None` where nothing is solved.
         queries: the refined queries that this was read from, where a fixed point was solved for:
             the start for the next frame of a film.
+        relative_residual: ``(B,)`` that of an image's last refinement; `None` where nothing is
+            solved.
     """
 
     logits: Tensor
@@ -55,6 +58,24 @@ class Output(NamedTuple):
     residual: Tensor | None = None
     steps: Tensor | None = None
     queries: Queries | None = None
+    relative_residual: Tensor | None = None
+
+    @classmethod
+    def joined(cls, outputs: Sequence[Output]) -> Output:
+        """The output of a batch from those of its parts; without their residuals over time."""
+
+        def join(parts: Iterable[Tensor | None]) -> Tensor | None:
+            known = [part for part in parts if part is not None]
+            return torch.cat(known) if known else None
+
+        queries = [output.queries for output in outputs if output.queries is not None]
+        return cls(
+            torch.cat([output.logits for output in outputs]),
+            torch.cat([output.boxes for output in outputs]),
+            steps=join(output.steps for output in outputs),
+            queries=Queries(*map(torch.cat, zip(*queries, strict=True))) if queries else None,
+            relative_residual=join(output.relative_residual for output in outputs),
+        )
 
 
 @dataclass
@@ -223,11 +244,15 @@ class EquilibriumDecoder(Decoder):
         config = self.config
         if config.steps != "auto" or config.tolerance is not None:
             return config.eval_stop
+        return self.until(config.settled, config.most_steps)
+
+    def until(self, settled: Settled, most_steps: int) -> implicit.Tolerance:
+        """The stop that ends the refinement of an image when it has settled."""
 
         def movement(before: Queries, after: Queries) -> Tensor:
-            return config.settled.movement(before, after, self.refinement.classify)
+            return settled.movement(before, after, self.refinement.classify)
 
-        return implicit.Tolerance(rtol=0.0, atol=1.0, max_steps=config.most_steps, norm=movement)
+        return implicit.Tolerance(rtol=0.0, atol=1.0, max_steps=most_steps, norm=movement)
 
     def forward(
         self,
@@ -262,7 +287,10 @@ class EquilibriumDecoder(Decoder):
         )
         output = _read(self.refinement, solution.value)
         return output._replace(
-            residual=solution.trace, steps=solution.steps, queries=solution.value
+            residual=solution.trace,
+            steps=solution.steps,
+            queries=solution.value,
+            relative_residual=solution.relative_residual,
         )
 
     def trajectory(self, features: Features, queries: Queries) -> Iterator[Output]:

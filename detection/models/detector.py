@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import implicit
 from detection.decoder.queries import Queries
 from detection.models.backbones import build_backbone
 from detection.models.config import ModelConfig
@@ -68,25 +69,41 @@ class Detector(nn.Module):
         )
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
 
-    def forward(self, images: Tensor, sizes: Tensor) -> Output:
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        *,
+        stop: implicit.Steps | implicit.Tolerance | None = None,
+        start: Queries | None = None,
+    ) -> Output:
         """Detect: the output of the last refinement.
+
+        ``stop`` and ``start`` are those of `EquilibriumDecoder.forward`; other decoders have none.
 
         In evaluation mode on a CPU images go through one by one: matrix products round otherwise
         in another batch, refinement makes the difference larger, and what is found in an image
         would depend on its neighbours.  That costs time with small images alone.
         """
         if self.training or not images.is_cpu or len(images) == 1:
-            return self._detect(images, sizes)
-        one_by_one = list(map(self._detect, images.split(1), sizes.split(1)))
-        steps = [output.steps for output in one_by_one if output.steps is not None]
-        return Output(
-            torch.cat([output.logits for output in one_by_one]),
-            torch.cat([output.boxes for output in one_by_one]),
-            steps=torch.cat(steps) if steps else None,
+            return self._detect(images, sizes, stop, start)
+        return Output.joined(
+            [
+                self._detect(image, size, stop, start and Queries(*(x[i : i + 1] for x in start)))
+                for i, (image, size) in enumerate(zip(images.split(1), sizes.split(1), strict=True))
+            ]
         )
 
-    def _detect(self, images: Tensor, sizes: Tensor) -> Output:
-        output: Output = self.decoder(*self.encode(images, sizes))
+    def _detect(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        stop: implicit.Steps | implicit.Tolerance | None,
+        start: Queries | None,
+    ) -> Output:
+        given = {"stop": stop, "start": start}
+        options = {name: value for name, value in given.items() if value is not None}
+        output: Output = self.decoder(*self.encode(images, sizes), **options)
         return output
 
     def losses(

@@ -31,7 +31,7 @@ class LearnedQueries(nn.Module):
 
     def forward(self, sizes: Tensor) -> Queries:
         """Queries for images of ``sizes (B, 2)``, (h, w) in pixels."""
-        batch, number = len(sizes), len(self.content)
+        batch, number = sizes.shape[0], len(self.content)
         content = F.layer_norm(self.content, self.content.shape[1:]).expand(batch, -1, -1)
         # bfloat16 has no room for the pixels of an image.
         dtype = torch.promote_types(content.dtype, torch.float32)
