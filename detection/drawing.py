@@ -85,6 +85,16 @@ def as_picture(image: Tensor | Image.Image, scale: float) -> Image.Image:
     return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
+def legible_scale(size: tuple[int, int]) -> float:
+    """How far to enlarge an image of ``size (h, w)`` so that labels on it can be read.
+
+    Example:
+        >>> legible_scale((128, 128)), legible_scale((600, 800)), legible_scale((10, 1000))
+        (3, 1, 2)
+    """
+    return max(1, min(480 // min(size), 2000 // max(size)))
+
+
 class Canvas:
     """A picture to draw boxes and labels on.
 

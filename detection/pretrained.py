@@ -33,7 +33,13 @@ def load_detector(path: Path | str) -> tuple[Detector, Recipe, Categories]:
     Raises:
         CheckpointError: if the file is not a checkpoint of this library, or does not fit it.
     """
-    weights, metadata = load_weights(path)
+    return build_detector(*load_weights(path), path)
+
+
+def build_detector(
+    weights: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path | str
+) -> tuple[Detector, Recipe, Categories]:
+    """As `load_detector`, from what was read of a checkpoint at ``path`` already."""
     try:
         recipe = from_json(Recipe, metadata["config"])
     except ValueError as error:

@@ -232,7 +232,12 @@ def run_prediction(options: Options, distributed: Distributed, console: Console)
     """Pictures of the detections on some images, and the detections as JSON."""
     assert options.checkpoint is not None
     model, settings, categories = load_detector(options.checkpoint)
-    found = predict(model.to(distributed.device), options.predict, settings.augmentation)
+    found = predict(
+        model.to(distributed.device),
+        options.predict,
+        settings.augmentation,
+        settings.max_detections,
+    )
     folder = options.output or new_run("predictions", distributed)
     records = []
     for number, (path, detections) in enumerate(zip(options.predict, found, strict=True)):

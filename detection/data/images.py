@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -40,9 +42,29 @@ def read_image(path: Path, size: tuple[int, int] | None = None, name: str = "") 
         >>> read_image(path, (3, 5)).shape
         torch.Size([3, 3, 5])
     """
-    where = f"{path} ({name})" if name else str(path)
+    return decode_image(path, f"{path} ({name})" if name else str(path), size)
+
+
+def decode_image(
+    source: Path | IO[bytes] | Image.Image, where: str, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Decode a file, or what Pillow has opened already, as `read_image` does.
+
+    Args:
+        source: a path, an open file, or a Pillow image, which stays open and as it is.
+        where: what to call it in errors.
+        size: as for `read_image`.
+
+    Raises:
+        DataError: as `read_image`.
+
+    Example:
+        >>> decode_image(Image.new("RGBA", (5, 3)), "a picture").shape
+        torch.Size([3, 3, 5])
+    """
     try:
-        with Image.open(path) as file:
+        opened = nullcontext(source) if isinstance(source, Image.Image) else Image.open(source)
+        with opened as file:
             if _is_turned(file, size, where):
                 pixels = _to_rgb(ImageOps.exif_transpose(file))
             else:
@@ -53,8 +75,8 @@ def read_image(path: Path, size: tuple[int, int] | None = None, name: str = "") 
         raise DataError(f"{where}: there is no such image file.") from None
     except _UNREADABLE as error:
         raise DataError(
-            f"{where}: the image cannot be read ({error}); fetch the file again or remove the "
-            "image from the annotations."
+            f"{where}: the image cannot be read ({error}); fetch the file again or leave the "
+            "image out."
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
