@@ -1,10 +1,14 @@
 """Checkpoints: weights anyone may load, and beside them the state a run needs to go on.
 
 ``NAME.safetensors`` holds the weights with their description (configuration, classes, step,
-metrics) as JSON in its header; it cannot carry code.  ``NAME.training.pt`` holds what a resumed
-run needs (optimiser, schedule, average, random states, counters) and is read with
+metrics) as JSON in its header; it cannot carry code.  ``NAME.training.pt`` holds everything that a
+resumed run needs (weights, optimiser, schedule, average, random states, counters) and is read with
 ``weights_only=True``.  A file is written beside its destination, flushed to the disk and then
 renamed, so that a crash or a full disk never damages a file that was there.
+
+A run resumes from the newest training state that is whole.  It is written first and needs no
+other file: what was to follow it (the weights, the best weights) is made up for on resuming, so a
+run may be killed between any two writes.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from torch import Tensor, nn
 from detection.files import replacing
 
 FORMAT_VERSION = 1
+TRAINING_VERSION = 2
 REQUIRED_METADATA = ("config", "class_names", "category_ids", "step", "metrics")
 
 
@@ -65,10 +71,10 @@ def save_checkpoint(
         raise ValueError(f"save_checkpoint: the metadata lacks {', '.join(absent)}.")
     header = {"format_version": str(FORMAT_VERSION), "metadata": json.dumps(metadata)}
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in weights.items()}
-    # The weights come last: a checkpoint that has them is complete.
+    # First, since a run can go on from it alone.
     if training_state is not None:
         with _replacing(training_path(path)) as temporary, open(temporary, "wb") as file:
-            torch.save({"format_version": FORMAT_VERSION, "state": dict(training_state)}, file)
+            torch.save({"format_version": TRAINING_VERSION, "state": dict(training_state)}, file)
     with _replacing(path) as temporary:
         save_file(tensors, temporary, header)
     return path
@@ -117,7 +123,8 @@ def load_training_state(path: Path | str) -> dict[str, Any]:
             f"{path} is cut short or damaged, or holds Python objects that could run code, which "
             f"are not loaded ({str(error).partition(chr(10))[0]}). Resume from another checkpoint."
         ) from error
-    _check_version(path, stored.get("format_version") if isinstance(stored, dict) else None)
+    version = stored.get("format_version") if isinstance(stored, dict) else None
+    _check_version(path, version, TRAINING_VERSION)
     return dict(stored["state"])
 
 
@@ -152,6 +159,21 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(weights))
 
 
+@dataclass(frozen=True)
+class Resumable:
+    """What a run goes on from.
+
+    Attributes:
+        path: of the weights, beside which the training state lies.
+        state: the training state.
+        passed: newer ones that are missing or damaged, each with the reason.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    passed: tuple[str, ...] = ()
+
+
 class CheckpointFolder:
     """The checkpoints of a run: the last few, ``step_000100.safetensors``, and ``best``.
 
@@ -160,7 +182,7 @@ class CheckpointFolder:
         keep: how many of the last are kept.
 
     Attributes:
-        best_score: highest score so far, read from the folder where one is kept already.
+        best_score: highest score so far; `resume` brings it back.
     """
 
     def __init__(self, folder: Path | str, keep: int = 2) -> None:
@@ -169,8 +191,6 @@ class CheckpointFolder:
         self.folder, self.keep = Path(folder), keep
         self.best = self.folder / "best.safetensors"
         self.best_score = float("-inf")
-        if self.best.exists():
-            self.best_score = float(load_weights(self.best)[1].get("score", "-inf"))
 
     def save(
         self,
@@ -183,42 +203,90 @@ class CheckpointFolder:
         """Write a checkpoint; as ``best`` too if its score is the highest; remove old ones."""
         path = self.folder / f"step_{int(metadata['step']):06d}.safetensors"
         metadata = metadata if score is None else {**metadata, "score": score}
-        save_checkpoint(path, weights=weights, metadata=metadata, training_state=training_state)
-        if score is not None and score > self.best_score:
+        is_best = score is not None and score > self.best_score
+        best_score = score if score is not None and is_best else self.best_score
+        ours = {"metadata": json.dumps(metadata), "best_score": best_score, "is_best": is_best}
+        state = {**training_state, "folder": ours}
+        save_checkpoint(path, weights=weights, metadata=metadata, training_state=state)
+        if is_best:
             save_checkpoint(self.best, weights=weights, metadata=metadata)
-            self.best_score = score
-        for old in set(self._all()[: -self.keep]) - {path}:
-            old.unlink()
+        self.best_score = best_score
+        # Those of later steps are none of this run's past: it was resumed from before them.
+        past = [old for old in self._all() if _step(old) <= _step(path)]
+        for old in past[: -self.keep]:
+            old.unlink(missing_ok=True)
             training_path(old).unlink(missing_ok=True)
         return path
 
-    def latest(self) -> Path | None:
-        """The checkpoint of the highest step, or ``None``."""
-        return next(reversed(self._all()), None)
+    def resume(self) -> Resumable | None:
+        """The newest training state that is whole, or ``None`` where there is no checkpoint.
+
+        Newer checkpoints that are not whole are set aside: ``.aside`` is added to their names.
+
+        Raises:
+            CheckpointError: if there are checkpoints, and none is whole.
+        """
+        passed: dict[Path, str] = {}
+        for path in reversed(self._all()):
+            try:
+                found = Resumable(path, load_training_state(path), tuple(passed.values()))
+            except CheckpointError as error:
+                passed[path] = str(error)
+                continue
+            for damaged in passed:
+                for file in filter(Path.exists, (damaged, training_path(damaged))):
+                    file.rename(file.with_name(file.name + ".aside"))
+            self.best_score = float(found.state["folder"]["best_score"])
+            return found
+        if passed:
+            raise CheckpointError(
+                f"No checkpoint in {self.folder} is whole: {' '.join(passed.values())} The weights "
+                "that can be read can be begun from."
+            )
+        return None
+
+    def complete(self, found: Resumable, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Write what a killed run did not come to write after its training state.
+
+        Args:
+            found: what `resume` gave.
+            weights: that belong to it.
+
+        Returns:
+            What was amiss, to be told.
+        """
+        ours = found.state["folder"]
+        metadata, told = json.loads(ours["metadata"]), []
+        if not _describes(found.path, metadata):
+            save_checkpoint(found.path, weights=weights, metadata=metadata)
+            told.append(f"{found.path.name} was missing, damaged or outdated: written again.")
+        if ours["is_best"] and not _describes(self.best, metadata):
+            save_checkpoint(self.best, weights=weights, metadata=metadata)
+            told.append(f"{self.best.name} was not of the best step yet: written again.")
+        elif ours["best_score"] > float("-inf") and not _describes(self.best):
+            told.append(f"{self.best} is missing or damaged, and its weights are not kept.")
+        return tuple(told)
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*.safetensors"), key=lambda p: int(p.stem[5:]))
+        """The weights of every checkpoint of which a file is there, by step."""
+        states = [
+            path.with_name(path.name.replace(".training.pt", ".safetensors"))
+            for path in self.folder.glob("step_*.training.pt")
+        ]
+        return sorted({*states, *self.folder.glob("step_*.safetensors")}, key=_step)
 
 
-def random_states() -> dict[str, Tensor | None]:
-    """State of PyTorch's global random generators, on the CPU and on the current CUDA device."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` gave.
-
-    Example:
-        >>> states = random_states()
-        >>> first = torch.rand(())
-        >>> set_random_states(states)
-        >>> bool(first == torch.rand(()))
-        True
-    """
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def _describes(path: Path, metadata: Mapping[str, Any] | None = None) -> bool:
+    """Whether a file of weights is whole and, if that is asked for, has this description."""
+    try:
+        found = load_weights(path)[1]
+    except CheckpointError:
+        return False
+    return metadata is None or found == metadata
 
 
 @contextmanager
@@ -250,15 +318,15 @@ def _read_header(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
             f"{path} has weights, but its description lacks {', '.join(absent)}: it was not "
             "written by this library. Use a checkpoint of a run."
         )
-    _check_version(path, header.get("format_version"))
+    _check_version(path, header.get("format_version"), FORMAT_VERSION)
     return metadata
 
 
-def _check_version(path: Path, version: object) -> None:
-    if str(version) != str(FORMAT_VERSION):
+def _check_version(path: Path, version: object, known: int) -> None:
+    if str(version) != str(known):
         raise CheckpointError(
             f"{path} has format version {version}; this version of the library reads "
-            f"{FORMAT_VERSION}. Install the version that wrote it."
+            f"{known}. Install the version that wrote it."
         )
 
 

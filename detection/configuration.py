@@ -1,8 +1,10 @@
 """Configurations to JSON and back: nested frozen dataclasses, with nothing lost or guessed.
 
 Where a field may hold one of several types (a solver, a gradient, a decoder), the JSON names the
-type.  Reading is strict: an unknown field, a missing one or a value of the wrong kind is refused
-by its full name.
+type.  Reading is strict: an unknown field or a value of the wrong kind is refused by its full name,
+and so is a missing field that has no default.  One that has a default takes it: a field that a
+later version adds must keep, by its default, what earlier versions did, and what these have written
+stays readable.
 """
 
 from __future__ import annotations
@@ -124,9 +126,10 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(names)}."
             raise ConfigurationError(f"{where}.{key}: unknown field.{hint}")
-    for key in names:
-        if key not in given:
-            raise ConfigurationError(f"{where}.{key}: missing.")
+    for field in dataclasses.fields(kind):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and field.name not in given:
+            raise ConfigurationError(f"{where}.{field.name}: missing.")
     values = {key: _read(hints[key], value, f"{where}.{key}") for key, value in given.items()}
     try:
         return kind(**values)

@@ -60,6 +60,18 @@ class Distributed:
         dist.all_gather_object(items, item)
         return items
 
+    def from_main(self, item: Any) -> Any:
+        """What the main process gave, on every process (pickled): one decision for all."""
+        return self.gather_objects(item if self.is_main else None)[0]
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the main process says so; cheaper than `from_main`, for every step."""
+        if self.world_size == 1:
+            return flag
+        decided = torch.tensor(float(flag), device=self.device)
+        dist.broadcast(decided, src=0)
+        return bool(decided)
+
     def barrier(self) -> None:
         """Wait until every process has come here."""
         if self.world_size > 1:

@@ -23,6 +23,7 @@ from implicit.gradients import (
 from implicit.normalization import contract, uncontract
 from implicit.per_solve import PerSolve, renew
 from implicit.perturbation import (
+    BatchPart,
     GaussianNoise,
     Noise,
     NormScaledNoise,
@@ -58,6 +59,7 @@ __all__ = [
     "Adjoint",
     "Anderson",
     "Auto",
+    "BatchPart",
     "Best",
     "Broyden",
     "ConvergenceLogger",

@@ -24,7 +24,7 @@ from implicit.autocast import forget_casts
 from implicit.gradients import RAG, Gradient
 from implicit.gradients.graph import leaves_of
 from implicit.per_solve import renew
-from implicit.perturbation import Perturbation
+from implicit.perturbation import Perturbation, RandomSource
 from implicit.problem import Problem
 from implicit.solve import iterate
 from implicit.solvers import Naive, Solver
@@ -71,12 +71,15 @@ class Supervision:
         losses: ``(len(at),)``, the loss at each position, detached.
         aux: what ``loss`` returned beside each scalar, tensors in it detached.
         value: the state at the end of the path, detached.
+        residual: ``(B,)``, relative residual of each sample at the last step of the path, noise
+            included; detached.
     """
 
     loss: Tensor
     losses: Tensor
     aux: tuple[Any, ...]
     value: State
+    residual: Tensor
 
 
 def supervise(
@@ -90,7 +93,7 @@ def supervise(
     perturbation: Sequence[Perturbation] = (),
     args: tuple[Any, ...] = (),
     parameters: Iterable[Tensor] = (),
-    generator: torch.Generator | None = None,
+    generator: RandomSource | None = None,
     loss_scale: float = 1.0,
 ) -> Supervision:
     """Run the solver path from ``y0`` and take the gradient of a loss at some of its positions.
@@ -112,7 +115,8 @@ def supervise(
         parameters: every tensor that ``f`` or ``loss`` close over and that is to receive
             gradient.  One that is reached and not named raises an error, so none is lost.  What
             was itself computed from parameters goes through ``args``.
-        generator: source of the noise, for runs that repeat.
+        generator: source of the noise, for runs that repeat; a `BatchPart` where the samples are
+            part of a larger batch.
         loss_scale: factor on the losses while their gradients are taken, which is taken off again.
             In float16 small gradients vanish before a `torch.amp.GradScaler` can scale the loss
             that is returned: pass ``scaler.get_scale()``.
@@ -151,7 +155,7 @@ def supervise(
         total = _Supervise.apply(walk, *sources)
     else:
         total, _ = walk.run((), tracked=torch.is_grad_enabled())
-    return Supervision(total, torch.stack(walk.losses), tuple(walk.aux), walk.value)
+    return Supervision(total, torch.stack(walk.losses), tuple(walk.aux), walk.value, walk.residual)
 
 
 class _Walk:
@@ -166,7 +170,7 @@ class _Walk:
         gradient: Gradient,
         solver: Solver,
         perturbation: tuple[Perturbation, ...],
-        generator: torch.Generator | None,
+        generator: RandomSource | None,
         args: tuple[Any, ...],
         loss_scale: float,
     ) -> None:
@@ -181,6 +185,7 @@ class _Walk:
         self.losses: list[Tensor] = []
         self.aux: list[Any] = []
         self.value: State = None
+        self.residual = torch.empty(0)
 
     def run(self, sources: Sequence[Tensor], tracked: bool) -> tuple[Tensor, list[Tensor | None]]:
         """Total loss, and the gradient of it, scaled, with respect to each of ``sources``."""
@@ -216,6 +221,7 @@ class _Walk:
                 visit=visit,
             )
         self.value = self.layout.unpack(outcome.value)
+        self.residual = outcome.relative_residual
         total = torch.stack(self.losses).sum()
         by_source: list[Tensor | None] = [None] * len(sources)
         for (i, _), found in zip(places, sums, strict=True):

@@ -1,8 +1,8 @@
 """Batches: padding, grouping by shape, sharding over ranks, and chance that can be repeated.
 
 What an epoch draws depends on ``(seed, epoch)`` and nothing else: not on earlier epochs, not on
-the number of workers.  Every image has a seed of its own for its augmentation, so a run that is
-resumed at an epoch sees what the uninterrupted run would have seen.
+the number of workers or processes.  Every image has a seed of its own for its augmentation, so a
+run that is resumed at any batch sees what the uninterrupted run would have seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from detection.data.coco import CocoDataset
 from detection.data.errors import DataError
 from detection.data.types import Batch, Target
+from detection.randomness import seeded
 
 STRIDE = 32
 """Images are padded to a multiple of the coarsest stride of the feature pyramid."""
@@ -56,10 +57,10 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
     """Batches of ``(index, seed)`` for one rank, shuffled anew in every epoch.
 
-    A batch holds only landscape (width >= height) or only portrait images, which keeps padding
-    low.  The batches of all ranks are cut from one permutation, so no image occurs twice in an
-    epoch; every rank has the same number of batches, and what does not fill a batch on each rank
-    is left out of this epoch.
+    What all ranks do in one step is one batch of ``world_size * batch_size`` images, of which each
+    rank has the part of its number; so the steps are the same for any number of ranks.  Such a
+    batch holds only landscape (width >= height) or only portrait images, which keeps padding low.
+    No image occurs twice in an epoch, and what does not fill a batch is left out of it.
 
     Args:
         sizes: ``(height, width)`` of every image.
@@ -88,10 +89,9 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         self._portrait = [height > width for height, width in sizes]
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-        portrait = sum(self._portrait)
-        full = portrait // batch_size + (len(sizes) - portrait) // batch_size
-        self._length = full // world_size
+        self.epoch = self.start = 0
+        portrait, whole = sum(self._portrait), batch_size * world_size
+        self._length = portrait // whole + (len(sizes) - portrait) // whole
         if not self._length:
             raise DataError(
                 f"{len(sizes)} images ({portrait} of them portrait, which are batched apart) do "
@@ -99,11 +99,12 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
                 "the batch size."
             )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iterations draw, and how many batches they leave out."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         return self._length
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -111,17 +112,16 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         order = chance.permutation(len(self._portrait)).tolist()
         seeds = chance.integers(2**62, size=len(order)).tolist()
         waiting: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         emitted = 0
         for index in order:
             group = waiting[self._portrait[index]]
             group.append((index, seeds[index]))
-            if len(group) == self.batch_size:
-                if emitted % self.world_size == self.rank:
-                    yield list(group)
+            if len(group) == self.batch_size * self.world_size:
+                if emitted >= self.start:
+                    yield group[mine]
                 group.clear()
                 emitted += 1
-                if emitted == self._length * self.world_size:
-                    return
 
 
 class EvaluationBatches(Sampler[list[int]]):
@@ -158,7 +158,7 @@ class EvaluationBatches(Sampler[list[int]]):
         ]
         self._batches = batches[rank::world_size]
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Accepted for symmetry with `TrainingBatches`: every epoch of evaluation is the same."""
 
     def __len__(self) -> int:
@@ -176,13 +176,8 @@ class SeededDataset(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
         index, seed = key
-        # Only the CPU generator, and put back afterwards: without workers it is the model's too.
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        try:
+        with seeded(seed):  # and then as before: without workers the generators are the model's too
             return self.dataset[index]
-        finally:
-            torch.set_rng_state(state)
 
 
 class BatchLoader(DataLoader[Any]):
@@ -190,9 +185,9 @@ class BatchLoader(DataLoader[Any]):
 
     batch_sampler: TrainingBatches | EvaluationBatches
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws."""
-        self.batch_sampler.set_epoch(epoch)
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iterations draw, and how many batches they leave out."""
+        self.batch_sampler.set_epoch(epoch, start)
 
 
 def make_loader(

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 import implicit
 from detection.boxes import perturb_boxes
 from detection.decoder.queries import Queries
+from implicit.perturbation import RandomSource
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class ContentNoise:
 
     sigma: float
 
-    def __call__(self, queries: Queries, generator: torch.Generator | None = None) -> Queries:
+    def __call__(self, queries: Queries, generator: RandomSource | None = None) -> Queries:
         noise = implicit.NormScaledNoise(self.sigma)
         return queries._replace(content=noise(queries.content, generator))
 
@@ -36,7 +35,7 @@ class BoxNoise:
 
     sigma: float
 
-    def __call__(self, queries: Queries, generator: torch.Generator | None = None) -> Queries:
+    def __call__(self, queries: Queries, generator: RandomSource | None = None) -> Queries:
         noise = self.sigma * implicit.standard_normal(queries.boxes, generator)
         position, boxes = perturb_boxes(queries.boxes, noise)
         return queries._replace(position=position, boxes=boxes)

@@ -31,6 +31,7 @@ from detection.models.config import (
     RecurrentConfig,
     StackedConfig,
 )
+from implicit.perturbation import RandomSource
 
 Features = Sequence[Tensor]
 """Feature maps ``(B, C, H/s, W/s)`` for the strides ``s`` of the layer."""
@@ -86,11 +87,13 @@ class Supervised:
         total: scalar.
         losses: detached loss of each supervised output, by name (``init``, ``init+1``, ``iter3``).
         parts: detached loss parts (class, l1, giou), summed over the outputs.
+        residual: ``(B,)`` relative residual at the end of the path, where there is one.
     """
 
     total: Tensor
     losses: dict[str, Tensor]
     parts: dict[str, Tensor]
+    residual: Tensor | None = None
 
 
 class Decoder(nn.Module, ABC):
@@ -111,7 +114,8 @@ class Decoder(nn.Module, ABC):
         features: Features,
         queries: Queries,
         criterion: Criterion,
-        generator: torch.Generator | None = None,
+        generator: RandomSource | None = None,
+        loss_scale: float = 1.0,
     ) -> Supervised:
         """The training loss.
 
@@ -120,6 +124,7 @@ class Decoder(nn.Module, ABC):
             queries: where refinement starts.
             criterion: loss of one output.
             generator: source of perturbation noise, where there is any.
+            loss_scale: that of gradient scaling, see `implicit.supervise`.
         """
 
     def forward(self, features: Features, queries: Queries) -> Output:
@@ -177,7 +182,8 @@ class StackedDecoder(Decoder):
         features: Features,
         queries: Queries,
         criterion: Criterion,
-        generator: torch.Generator | None = None,
+        generator: RandomSource | None = None,
+        loss_scale: float = 1.0,
     ) -> Supervised:
         scores = _Scores(criterion)
         for n, output in enumerate(self.trajectory(features, queries), start=1):
@@ -210,7 +216,8 @@ class RecurrentDecoder(Decoder):
         features: Features,
         queries: Queries,
         criterion: Criterion,
-        generator: torch.Generator | None = None,
+        generator: RandomSource | None = None,
+        loss_scale: float = 1.0,
     ) -> Supervised:
         scores = _Scores(criterion)
         for n, output in enumerate(self.trajectory(features, queries)):
@@ -319,7 +326,8 @@ class EquilibriumDecoder(Decoder):
         features: Features,
         queries: Queries,
         criterion: Criterion,
-        generator: torch.Generator | None = None,
+        generator: RandomSource | None = None,
+        loss_scale: float = 1.0,
     ) -> Supervised:
         scores = _Scores(criterion)
         start = self.first(queries, features)
@@ -344,10 +352,11 @@ class EquilibriumDecoder(Decoder):
             args=(features,),
             parameters=self.refinement.parameters(),
             generator=generator,
+            loss_scale=loss_scale,
         )
         for n, value, parts in zip(self.config.positions, path.losses, path.aux, strict=True):
             scores.note(f"iter{n}", value, parts)
-        return scores.supervised(path.loss)
+        return replace(scores.supervised(path.loss), residual=path.residual)
 
 
 def build_layer(config: AnyLayerConfig, points: int | None = None) -> QueryLayer:

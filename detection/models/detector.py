@@ -14,6 +14,7 @@ from detection.models.config import ModelConfig
 from detection.models.decoders import Criterion, Output, Supervised, build_decoder
 from detection.models.neck import ChannelMapper
 from detection.models.queries import LearnedQueries
+from implicit.perturbation import RandomSource
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -111,11 +112,12 @@ class Detector(nn.Module):
         images: Tensor,
         sizes: Tensor,
         criterion: Criterion,
-        generator: torch.Generator | None = None,
+        generator: RandomSource | None = None,
+        loss_scale: float = 1.0,
     ) -> Supervised:
         """The training loss of a batch; see `detection.training.losses.Criterion`."""
         features, queries = self.encode(images, sizes)
-        return self.decoder.losses(features, queries, criterion, generator)
+        return self.decoder.losses(features, queries, criterion, generator, loss_scale)
 
     def encode(self, images: Tensor, sizes: Tensor) -> tuple[Sequence[Tensor], Queries]:
         """What a decoder starts from: feature maps and initial queries."""

@@ -40,6 +40,10 @@ class OptimizationConfig:
         milestones: as fractions of the epochs: epochs 8 and 11 of 12, or 16 and 22 of 24.
         epochs: passes through the training data.
         batch_size: images per step, over all processes.
+        accumulate: parts that each process does its images of a step in, one after the other,
+            for less memory; the step is the same.
+        precision: of the layers' products.  Boxes, matching, losses and weights are always in
+            float32.  ``"float16"`` scales the loss, and leaves out steps that overflow.
 
     Example:
         >>> OptimizationConfig(lr=0.0)
@@ -60,9 +64,12 @@ class OptimizationConfig:
     milestones: tuple[float, ...] = (8 / 12, 11 / 12)
     epochs: int = 12
     batch_size: int = 16
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        positive = ("lr", "decoder_lr_multiplier", "clip_norm", "epochs", "batch_size")
+        counts = ("epochs", "batch_size", "accumulate")
+        positive = ("lr", "decoder_lr_multiplier", "clip_norm", *counts)
         for name in (*positive, "weight_decay", "decoder_weight_decay", "warmup_steps"):
             value, strict = getattr(self, name), name in positive
             if not math.isfinite(value) or value < 0 or (strict and value == 0):
@@ -71,6 +78,11 @@ class OptimizationConfig:
         if self.schedule not in ("step", "one_cycle"):
             raise ValueError(
                 f"OptimizationConfig(schedule={self.schedule!r}): use 'step' or 'one_cycle'."
+            )
+        if self.precision not in ("float32", "bfloat16", "float16"):
+            raise ValueError(
+                f"OptimizationConfig(precision={self.precision!r}): use 'float32', 'bfloat16' or "
+                "'float16'."
             )
         if not all(0 < m <= 1 for m in self.milestones):
             raise ValueError(
@@ -219,11 +231,16 @@ class ExponentialAverage:
         self.updates = 0
         self.average_model = copy.deepcopy(model).requires_grad_(False).eval()
 
+    @property
+    def current_decay(self) -> float:
+        """What the last update kept of the average; 0 before the first."""
+        return min(self.decay, self.updates / (self.updates + 9))
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's weights; call it after every optimiser step."""
         self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 9))
+        decay = self.current_decay
         pairs = list(zip(_tensors(self.average_model), _tensors(model), strict=True))
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         averages, weights = map(list, zip(*floating, strict=True))

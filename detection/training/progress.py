@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from detection.files import replacing
 
 _SMOOTHING = 0.95
 
@@ -128,16 +129,16 @@ class Progress:
 
 
 class JsonLines:
-    """A log of one JSON object a line, flushed after each, so that a crash loses nothing.
+    """A log of one JSON object a line, each handed to the system at once: a crash loses nothing.
 
-    Opening appends.  A line that a crash cut short is removed, and so are, with ``until_step``,
-    the lines of later steps, which a resumed run will write again.  Numbers that are not finite,
+    Opening appends.  A line that a crash cut short is removed, and so are, with ``keep``, the
+    lines beyond so many, which a resumed run will write again.  Numbers that are not finite,
     which JSON lacks, become the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``;
     ``float(...)`` reads these, and `read_json_lines` turns them back.
 
     Args:
         path: the file; its folder is made.
-        until_step: keep the lines whose ``step`` is at most this (and those without a step).
+        keep: how many of the lines that are there to keep; all by default.
 
     Example:
         >>> import tempfile
@@ -150,17 +151,28 @@ class JsonLines:
         [{'step': 1, 'loss': nan}]
     """
 
-    def __init__(self, path: Path | str, until_step: int | None = None) -> None:
+    def __init__(self, path: Path | str, keep: int | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            _repair(self.path, until_step)
-        self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+            _repair(self.path, keep)
+        # Nothing is held back in a buffer: after a full disk, closing must not fail again.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record of strings, numbers, 0-d tensors, and mappings and lists of these."""
-        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append a record of strings, numbers, 0-d tensors, and mappings and lists of these.
+
+        Raises:
+            OSError: naming the file, if the disk is full or refuses.
+        """
+        rest = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}. Make room on the disk", str(self.path)
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -200,13 +212,11 @@ def _parsed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             ) from None
 
 
-def _repair(path: Path, until_step: int | None) -> None:
-    limit = math.inf if until_step is None else until_step
-    whole = "".join(line for line, record in _parsed(path) if record.get("step", 0) <= limit)
+def _repair(path: Path, keep: int | None) -> None:
+    whole = "".join(line for line, _ in list(_parsed(path))[:keep])
     if whole.encode() != path.read_bytes():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(whole, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(whole.encode())
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from detection.data.transforms import AugmentationConfig
@@ -27,6 +28,11 @@ class Recipe:
         evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
         max_detections: kept per image.
         skip_empty: leave training images without objects out, as the published code does.
+        patience: evaluations without a better AP after which training stops; 0 for never.
+        save_minutes: between two checkpoints inside an epoch; at the end of an epoch there is
+            always one.  0 saves after every step.
+        deterministic: refuse operations whose result depends on chance or timing, so that the
+            same seed on the same machine gives the same bits on CUDA too, at some cost in speed.
         workers: processes that load images.
         seed: of weights, order, augmentation and perturbation.
     """
@@ -41,8 +47,17 @@ class Recipe:
     evaluate_every: int = 1
     max_detections: int = 100
     skip_empty: bool = True
+    patience: int = 0
+    save_minutes: float = 15.0
+    deterministic: bool = False
     workers: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("patience", "save_minutes"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"Recipe({name}={value}): must be finite and not negative.")
 
     def for_classes(self, num_classes: int) -> Recipe:
         """The recipe for data with this number of classes."""
