@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ import torch
 
 def random_states() -> dict[str, Any]:
     """State of every global generator, as tensors, numbers, strings and tuples of these."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    version, words, following = random.getstate()
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "python": random.getstate(),
+        "python": (version, torch.tensor(words), following),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
     }
 
@@ -39,9 +40,25 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["cpu"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    random.setstate(states["python"])
+    version, words, following = states["python"]
+    random.setstate((version, tuple(words.tolist()), following))
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+def seed_all(seed: int) -> None:
+    """Begin every global generator anew.
+
+    Example:
+        >>> seed_all(3)
+        >>> first = random.random()
+        >>> seed_all(3)
+        >>> first == random.random()
+        True
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from implicit.arguments import check_count, check_number
 from implicit.state import State
 
 
-
 @dataclass(frozen=True)
 class BatchPart:
     """The chance of some samples of a batch, as it would be if the batch were whole.

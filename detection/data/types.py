@@ -117,6 +117,14 @@ class Batch:
             targets=tuple(target.to(device, non_blocking) for target in self.targets),
         )
 
+    def split(self, parts: int) -> list[Batch]:
+        """So many equal batches of consecutive images, with the padding of the whole."""
+        size = len(self) // parts
+        return [
+            Batch(self.images[i : i + size], self.sizes[i : i + size], self.targets[i : i + size])
+            for i in range(0, len(self), size)
+        ]
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; a `torch.utils.data.DataLoader` calls this."""
         return Batch(

@@ -29,7 +29,12 @@ class QueryLayer(nn.Module, ABC):
 
     The decoders (`detection.models.decoders`), solvers, gradients, supervision and perturbation
     use nothing else of a layer.
+
+    Attributes:
+        class_head: reads class logits from a content; its last layer has one row for each class.
     """
+
+    class_head: nn.Sequential
 
     def prepare(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The same feature maps, in the memory format that `forward` reads fastest.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +20,15 @@ from detection import checkpoints
 from detection.checkpoints import (
     CheckpointError,
     CheckpointFolder,
+    Resumable,
     load_training_state,
     load_weights,
-    random_states,
     restore,
     save_checkpoint,
-    set_random_states,
     training_path,
 )
+from detection.files import remove_leftovers
+from detection.randomness import random_states, set_random_states
 
 
 def metadata(step: int = 5) -> dict[str, Any]:
@@ -192,7 +195,7 @@ class Bomb:
 
 def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
     victim, path = tmp_path / "victim", tmp_path / "a.safetensors"
-    torch.save({"format_version": 1, "state": Bomb(victim)}, training_path(path))
+    torch.save({"format_version": 2, "state": Bomb(victim)}, training_path(path))
     with pytest.raises(CheckpointError, match="could run code"):
         load_training_state(path)
     path.write_bytes(pickle.dumps(Bomb(victim)))
@@ -209,12 +212,13 @@ def test_weights_without_description_are_refused(tmp_path: Path) -> None:
 
 def test_other_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 99)
+    monkeypatch.setattr(checkpoints, "TRAINING_VERSION", 99)
     path = save_checkpoint(
         tmp_path / "a.safetensors", weights={}, metadata=metadata(), training_state={}
     )
     monkeypatch.undo()
     for load in (load_weights, load_training_state):
-        with pytest.raises(CheckpointError, match=r"format version 99; .* reads 1"):
+        with pytest.raises(CheckpointError, match=r"format version 99; .* reads [12]"):
             load(path)
 
 
@@ -260,12 +264,22 @@ def save(folder: CheckpointFolder, step: int, score: float | None) -> Path:
     )
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def found(folder: CheckpointFolder) -> Resumable:
+    resumable = folder.resume()
+    assert resumable is not None
+    return resumable
+
+
 def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "run", keep=2)
-    assert folder.latest() is None
+    assert folder.resume() is None
     for step, score in ((10, 0.2), (20, 0.6), (30, None), (1000, 0.5)):
-        assert folder.latest() != save(folder, step, score) == folder.latest()
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        assert save(folder, step, score) == found(folder).path
+    assert names(tmp_path / "run") == [
         "best.safetensors",
         "step_000030.safetensors",
         "step_000030.training.pt",
@@ -273,12 +287,13 @@ def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
         "step_001000.training.pt",
     ]
     assert load_weights(folder.best)[0]["w"].tolist() == [20, 20]
-    assert load_training_state(folder.latest() or "")["step"] == 1000
+    assert found(folder).state["step"] == 1000
 
 
 def test_the_best_score_outlives_the_process(tmp_path: Path) -> None:
     save(CheckpointFolder(tmp_path), 10, 0.6)
     folder = CheckpointFolder(tmp_path)
+    found(folder)
     assert folder.best_score == 0.6
     save(folder, 20, 0.5)
     assert load_weights(folder.best)[1]["step"] == 10
@@ -288,3 +303,95 @@ def test_what_was_just_written_is_never_removed(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     save(folder, 100, None)
     assert save(folder, 50, None).exists()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "missing"])
+def test_a_damaged_training_state_is_passed_over_told_and_set_aside(
+    tmp_path: Path, damage: str
+) -> None:
+    """The run goes on from the one before; what could be read of the newer one is not lost."""
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 10, 0.5)
+    newest = training_path(save(folder, 20, 0.7))
+    if damage == "missing":
+        newest.unlink()
+    else:
+        newest.write_bytes(newest.read_bytes()[:500] if damage == "cut short" else b"")
+    again = CheckpointFolder(tmp_path)
+    resumable = found(again)
+    assert (resumable.path.name, resumable.state["step"]) == ("step_000010.safetensors", 10)
+    assert len(resumable.passed) == 1 and "step_000020.training.pt" in resumable.passed[0]
+    assert again.best_score == 0.5
+    assert "step_000020.safetensors.aside" in names(tmp_path)
+    # Neither is in the way of what follows.
+    for step in (11, 12):
+        save(again, step, None)
+    assert found(CheckpointFolder(tmp_path)).state["step"] == 12
+    assert again.keep == len(list(tmp_path.glob("step_*.training.pt")))
+
+
+def test_no_whole_checkpoint_is_an_error_that_names_each(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (10, 20):
+        training_path(save(folder, step, None)).write_bytes(b"no")
+    before = names(tmp_path)
+    with pytest.raises(CheckpointError, match=r"No checkpoint .* is whole.*000020.*000010"):
+        CheckpointFolder(tmp_path).resume()
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["weights", "best", "nothing"])
+@pytest.mark.parametrize("damage", ["missing", "cut short", "older"])
+def test_what_should_have_followed_the_training_state_is_made_up_for(
+    tmp_path: Path, what: str, damage: str
+) -> None:
+    """A run that is killed after its training state has lost nothing."""
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 10, 0.5)
+    path = save(folder, 20, 0.7)
+    files = {"weights": [path], "best": [folder.best], "nothing": []}[what]
+    wanted = {p.name: repr(load_weights(p)) for p in tmp_path.glob("*.safetensors")}
+    for file in files:
+        if damage == "missing":
+            file.unlink()
+        elif damage == "cut short":
+            file.write_bytes(file.read_bytes()[:-1])
+        else:
+            file.write_bytes((tmp_path / "step_000010.safetensors").read_bytes())
+    again = CheckpointFolder(tmp_path)
+    told = again.complete(found(again), {"w": torch.full((2,), 20.0)})
+    assert {p.name: repr(load_weights(p)) for p in tmp_path.glob("*.safetensors")} == wanted
+    assert len(told) == len(files)
+    assert all(file.name in text for file, text in zip(files, told, strict=True))
+
+
+def test_lost_best_weights_are_told(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 10, 0.5)
+    save(folder, 20, 0.4)
+    folder.best.unlink()
+    again = CheckpointFolder(tmp_path)
+    (told,) = again.complete(found(again), {"w": torch.full((2,), 20.0)})
+    assert "best.safetensors is missing" in told
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_the_umask_decides_who_may_read(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = save_checkpoint(
+            tmp_path / "a.safetensors", weights={}, metadata=metadata(), training_state={}
+        )
+    finally:
+        os.umask(before)
+    for file in (path, training_path(path)):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
+
+
+def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["best.safetensors", ".hidden", ".notes.partial.txt", "step_000001.training.pt"]
+    for name in (*kept, ".best.123.partial.safetensors", ".log.9.partial.jsonl", ".x.1.partial"):
+        (tmp_path / name).touch()
+    assert len(remove_leftovers(tmp_path)) == 3
+    assert names(tmp_path) == sorted(kept)
+    assert remove_leftovers(tmp_path / "nowhere") == []

@@ -142,8 +142,8 @@ def test_numbers_survive_the_log(tmp_path: Path) -> None:
     assert {**found, "bad": 0} == {**record, "norm": 2.5, "bad": 0}
 
 
-def write(path: Path, *steps: int, until_step: int | None = None) -> None:
-    with JsonLines(path, until_step=until_step) as log:
+def write(path: Path, *steps: int, keep: int | None = None) -> None:
+    with JsonLines(path, keep=keep) as log:
         for step in steps:
             log.write({"step": step})
 
@@ -159,7 +159,7 @@ def test_resuming_drops_what_will_be_written_again(tmp_path: Path) -> None:
     with JsonLines(path) as log:
         log.write({"note": "no step"})
     write(path, 1, 2, 3, 4)
-    write(path, 3, until_step=2)
+    write(path, 3, keep=3)
     assert [record.get("step") for record in read_json_lines(path)] == [None, 1, 2, 3]
     assert list(tmp_path.iterdir()) == [path]
 
