@@ -39,11 +39,12 @@ from detection.recipes import recipe
 from detection.training.loop import train
 from detection.training.recipe import Recipe
 
+EPOCHS = 4
 KINDS = ("time", "half a file", "before rename", "after rename")
 
 
-def small_recipe(**changes: Any) -> Recipe:
-    """Twelve steps of some tenths of a second, with all there is to be resumed."""
+def small_recipe(epochs: int = 2, **changes: Any) -> Recipe:
+    """Three steps an epoch, of some tenths of a second, with all there is to be resumed."""
     base = recipe("deqdet_digits")
     decoder = replace(
         base.model.decoder, train_steps=3, multiples=1, spacing=2, steps=3, initial_points=4
@@ -57,7 +58,7 @@ def small_recipe(**changes: Any) -> Recipe:
             base.augmentation, short_sides=(48, 64), max_size=64, horizontal_flip=0.5
         ),
         optimization=replace(
-            base.optimization, epochs=4, batch_size=8, warmup_steps=2, accumulate=2
+            base.optimization, epochs=epochs, batch_size=8, warmup_steps=2, accumulate=2
         ),
         evaluate_every=1,
         save_minutes=0.0,
@@ -204,10 +205,12 @@ def kill_and_resume(
     return done
 
 
-def moment(kind: str, seconds: float, chance: random.Random) -> Kill:
+def moment(kind: str, epochs: int, seconds: float, chance: random.Random) -> Kill:
     """A moment of this kind within a run that takes so long."""
-    # Two files for each of 16 or so checkpoints, config.json and run.json.
-    return Kill(kind, chance.uniform(0, 0.8 * seconds) if kind == "time" else chance.randint(1, 34))
+    # Two files for each of four checkpoints an epoch, and for that of the beginning.
+    if kind == "time":
+        return Kill(kind, chance.uniform(0, 0.8 * seconds))
+    return Kill(kind, chance.randint(1, 2 + 8 * epochs))
 
 
 def main(say: Callable[[str], None] = print) -> int:
@@ -225,12 +228,12 @@ def main(say: Callable[[str], None] = print) -> int:
         for workers in (0, 2):
             start = time.monotonic()
             wholes[workers] = where / f"whole{workers}"
-            assert begin(small_recipe(workers=workers), root, wholes[workers])
+            assert begin(small_recipe(EPOCHS, workers=workers), root, wholes[workers])
             seconds = time.monotonic() - start
             say(f"An uninterrupted run with {workers} workers: {seconds:.1f} s.")
         for run in range(options.kills):
-            workers, kill = 2 * (run % 5 == 4), moment(KINDS[run % 4], seconds, chance)
-            settings, folder = small_recipe(workers=workers), where / f"run{run}"
+            workers, kill = 2 * (run % 5 == 4), moment(KINDS[run % 4], EPOCHS, seconds, chance)
+            settings, folder = small_recipe(EPOCHS, workers=workers), where / f"run{run}"
             kills = kill_and_resume(settings, root, folder, kill, seconds, chance)
             found = differences(wholes[workers], folder) if kills else ["was not killed"]
             bad += bool(found)

@@ -33,8 +33,8 @@ from detection.training.progress import read_json_lines
 from detection.training.recipe import Recipe
 from detection.training.step import Step
 
-TOLERANCE = 2e-5
-"""Of losses and gradients in float32, relative to the largest: some hundred roundings."""
+TOLERANCE = 2e-6
+"""Of losses and gradients in float32, relative to the largest: some ten roundings."""
 
 
 def noisy_recipe(**changes: Any) -> Recipe:
@@ -55,7 +55,11 @@ def noisy_recipe(**changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 images of which most have no objects, so that some process's batches have none."""
+    """24 images of which most have no objects, so that some process's batches have none.
+
+    In those to evaluate on, whose number no number of processes divides, an object fills the image:
+    that is what an untrained model says, so its AP is not 0.
+    """
     root = compose_digits(
         tmp_path_factory.mktemp("data") / "digits", train_images=24, val_images=7, size=64
     )
@@ -63,6 +67,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = json.loads(path.read_text())
     chosen = sorted({record["image_id"] for record in content["annotations"]})[:4]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in chosen]
+    path.write_text(json.dumps(content))
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    first = {a["image_id"]: a for a in content["annotations"]}.values()
+    content["annotations"] = [{**a, "bbox": [1, 1, 62, 62], "area": 62 * 62} for a in first]
     path.write_text(json.dumps(content))
     return root
 
@@ -229,7 +238,7 @@ def two(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_have_the_gradients_of_one(two: Path, kind: str) -> None:
     """Every parameter has one, though one of the processes has a batch without objects."""
     (one, (objects,)), (both, counts) = (torch.load(two / f"{kind}-{n}.pt") for n in (1, 2))
-    assert sum(counts) == objects > 0
+    assert 0 in counts and sum(counts) == objects > 0
     assert largest_difference(one, both) < TOLERANCE
 
 
@@ -239,9 +248,9 @@ def test_two_processes_have_the_losses_and_the_ap_of_one(two: Path) -> None:
     assert len(one) == len(both) == 8
     for wanted, found in zip(one, both, strict=True):
         if "scores" in wanted:
-            assert found["scores"]["AP"] == pytest.approx(wanted["scores"]["AP"], abs=1e-6)
+            assert found["scores"]["AP"] == pytest.approx(wanted["scores"]["AP"], abs=1e-9) != 0
         else:
-            assert found == pytest.approx(wanted, rel=1e-3)
+            assert found == pytest.approx(wanted, rel=20 * TOLERANCE)
 
 
 @pytest.mark.slow
@@ -249,9 +258,9 @@ def test_two_processes_have_the_weights_of_one(two: Path) -> None:
     """Those of the model, and of its average."""
     name = "checkpoints/step_000006.safetensors"
     states = [load_training_state(two / f"run{n}" / name)["step"] for n in (1, 2)]
-    assert largest_difference(*(state["model"] for state in states)) < 1e-4
+    assert largest_difference(*(state["model"] for state in states)) < 1e-5
     averages = [load_weights(two / f"run{n}" / name)[0] for n in (1, 2)]
-    assert largest_difference(*averages) < 1e-4
+    assert largest_difference(*averages) < 1e-5
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(digits: Path, tmp_path: Path) -> None:
