@@ -7,13 +7,16 @@ single process every operation here is the identity and nothing is initialised.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class DeviceError(RuntimeError):
@@ -63,6 +66,22 @@ class Distributed:
     def from_main(self, item: Any) -> Any:
         """What the main process gave, on every process (pickled): one decision for all."""
         return self.gather_objects(item if self.is_main else None)[0]
+
+    def on_main(self, call: Callable[[], T]) -> T:
+        """What a call gives on the main process, on every process; its error is raised on all."""
+        if self.world_size == 1:
+            return call()
+        found: T | None = None
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                found = call()
+            except Exception as error:
+                failure = error
+        found, failure = self.from_main((found, failure))
+        if failure is not None:
+            raise failure
+        return cast(T, found)
 
     def agree(self, flag: bool) -> bool:
         """Whether the main process says so; cheaper than `from_main`, for every step."""

@@ -70,6 +70,7 @@ def evaluate(
     batch_size: int = 16,
     workers: int = 0,
     max_detections: int = 100,
+    stop: implicit.Steps | implicit.Tolerance | None = None,
     distributed: Distributed | None = None,
 ) -> CocoScores:
     """COCO metrics of a model on a data set; every process gets the scores of the whole."""
@@ -85,7 +86,7 @@ def evaluate(
     )
     mine = [
         result
-        for target, detections in detect(model, loader, max_detections)
+        for target, detections in detect(model, loader, max_detections, stop=stop)
         for result in detections.to_coco(target.image_id, dataset.categories)
     ]
     results = [result for part in distributed.gather_objects(mine) for result in part]

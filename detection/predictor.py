@@ -12,16 +12,18 @@ import torch
 import implicit
 from detection.checkpoints import CheckpointError, load_weights, save_checkpoint
 from detection.configuration import to_json
+from detection.data.coco import CocoDataset
 from detection.data.loading import collate
 from detection.data.transforms import eval_transform
 from detection.data.types import Categories
 from detection.detections import Detections
-from detection.distributed import DeviceError
+from detection.distributed import DeviceError, Distributed
+from detection.evaluation import CocoScores
 from detection.hub import HubMixin
 from detection.models.config import MOST_STEPS
 from detection.models.decoders import EquilibriumDecoder, Output
 from detection.models.detector import Detector
-from detection.prediction import predict, read_output, sample
+from detection.prediction import evaluate, predict, read_output, sample
 from detection.pretrained import build_detector
 from detection.sources import ImageLike, NamedImage
 from detection.training.recipe import Recipe
@@ -182,6 +184,41 @@ class Predictor(HubMixin):
         )
         found = [replace(detections, categories=self.categories) for detections in found]
         return found if _are_many(source) else found[0]
+
+    def evaluate(
+        self,
+        dataset: CocoDataset,
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        steps: Steps | None = None,
+        tolerance: float | None = None,
+        distributed: Distributed | None = None,
+    ) -> CocoScores:
+        """COCO's metrics on a data set.
+
+        Args:
+            dataset: its transform must be that of the recipe, and its classes those of the model.
+            batch_size: images at a time; by default as the recipe says.
+            workers: processes that load images; by default as the recipe says.
+            steps: as for `predict`.
+            tolerance: as for `predict`.
+            distributed: processes that share the images; all get the scores of the whole.
+
+        Raises:
+            ValueError: if a number is out of its range, or the classes are others.
+        """
+        if dataset.categories != self.categories:
+            raise ValueError("The data set's classes are not those of the model.")
+        return evaluate(
+            self.detector,
+            dataset,
+            batch_size=self.recipe.optimization.batch_size if batch_size is None else batch_size,
+            workers=self.recipe.workers if workers is None else workers,
+            max_detections=self.recipe.max_detections,
+            stop=self._stop(steps, tolerance),
+            distributed=distributed,
+        )
 
     @torch.no_grad()
     def stream(

@@ -104,3 +104,11 @@ def _residuals(model: Detector, batches: Sequence[Batch]) -> Tensor | None:
 
 def _enlargement(image: Tensor) -> float:
     return max(1.0, min(SHORT_SIDE / min(image.shape[1:]), 2000 / max(image.shape[1:])))
+
+
+def draw_validation(model, dataset, path, threshold):
+    pass
+
+
+def write_report(*a, **k):
+    pass

@@ -23,7 +23,6 @@ from typing import Any
 from rich.console import Console
 
 from detection.checkpoints import (
-    CheckpointError,
     CheckpointFolder,
     Resumable,
     load_training_state,
@@ -175,7 +174,7 @@ class _Run:
             self._restore(found)
         if found is None:
             self.save()  # so that a folder that cannot be written to is found out now
-        self._on_main(lambda: self._describe(about))
+        self.distributed.on_main(lambda: self._describe(about))
 
     @property
     def best_weights(self) -> Detector:
@@ -268,7 +267,7 @@ class _Run:
     def save(self, scores: CocoScores | None = None) -> None:
         """Write a checkpoint from which the run can go on, on the main process."""
         random = self.distributed.gather_objects(random_states())
-        self._on_main(lambda: self._write_checkpoint(random, scores))
+        self.distributed.on_main(lambda: self._write_checkpoint(random, scores))
 
     def _write_checkpoint(self, random: list[Any], scores: CocoScores | None) -> None:
         categories = self.train_set.categories
@@ -320,26 +319,13 @@ class _Run:
                 )
             return None
 
-        found = self._on_main(look)
+        found = self.distributed.on_main(look)
         if found is None:
             return None
         path, passed = found
         for reason in passed:
             self.told.append(f"warning: {reason} It is passed over.")
         return Resumable(path, load_training_state(path))
-
-    def _on_main(self, call: Callable[[], Any]) -> Any:
-        """What the main process finds, on every process; or its error."""
-        found: Any = None
-        if self.distributed.is_main:
-            try:
-                found = call()
-            except (TrainingError, CheckpointError, OSError) as error:
-                found = error
-        found = self.distributed.from_main(found)
-        if isinstance(found, Exception):
-            raise found
-        return found
 
     def _restore(self, found: Resumable) -> None:
         path, state = found.path, found.state
@@ -349,7 +335,7 @@ class _Run:
         self.best_score, self.stale = float(state["best_score"]), int(state["stale"])
         self.written = int(state["written"])
         weights = self.best_weights.state_dict()
-        for text in self._on_main(lambda: self.checkpoints.complete(found, weights)):
+        for text in self.distributed.on_main(lambda: self.checkpoints.complete(found, weights)):
             self.told.append(f"warning: {text}")
         set_random_states(state["random"][self.distributed.rank])
         self.told.append(

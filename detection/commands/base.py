@@ -1,0 +1,28 @@
+"""What all commands have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from rich.console import Console
+
+from detection.distributed import Distributed
+
+
+class Command(ABC):
+    """A frozen dataclass whose fields are the options, and whose docstring is the help.
+
+    Attributes:
+        device: where it computes: cuda, cuda:1 or cpu; CUDA if there is one where it is `None`.
+        interrupted: what is said after Ctrl-C.
+    """
+
+    device: str | None = None
+    interrupted = "Interrupted."
+
+    def check(self) -> None:  # noqa: B027  (most commands have nothing to add)
+        """Raise `ValueError` for options that contradict each other, before any work is done."""
+
+    @abstractmethod
+    def run(self, distributed: Distributed, console: Console) -> None:
+        """Do the work; errors of `detection.commands.console.PROBLEMS` are told as sentences."""
