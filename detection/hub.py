@@ -26,6 +26,7 @@ MODEL_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 _IN_FOLDERS = (MODEL_FILE, "best.safetensors", "checkpoints/best.safetensors")
 """Where the checkpoint lies: in a folder that was saved, in a run's checkpoints, in a run."""
+_FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".pkl")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SHOWN = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 _NEEDS_HUB = 'pip install "implicit[hub]"'
@@ -144,7 +145,7 @@ class HubMixin(ABC):
 def find_checkpoint(path_or_id: Path | str, revision: str | None = None) -> Path:
     """The ``.safetensors`` file that a path or the name of a model on the hub stands for.
 
-    What lies on the disk comes first.
+    What lies on the disk comes first, and where there is a folder ``owner`` the hub is not asked.
 
     Args:
         path_or_id: a file; a folder that was saved, or of a run; or ``owner/name``.
@@ -163,9 +164,8 @@ def find_checkpoint(path_or_id: Path | str, revision: str | None = None) -> Path
             "in it. Give the .safetensors file itself."
         )
     name = str(path_or_id)
-    is_file = path.suffix in (".safetensors", ".pt", ".pth", ".pkl")
-    on_hub = isinstance(path_or_id, str) and _HUB_ID.fullmatch(name) and not is_file
-    if path.exists() or not on_hub:
+    is_name = isinstance(path_or_id, str) and _HUB_ID.fullmatch(name)
+    if not is_name or path.suffix in _FILE_ENDINGS or path.exists() or path.parent.exists():
         return path
     return download(name, revision)
 

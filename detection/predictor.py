@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -348,7 +349,7 @@ class Predictor(HubMixin):
             return implicit.Steps(steps)
         settled = decoder.config.settled
         if tolerance is not None:
-            if not tolerance > 0:
+            if not 0 < tolerance < math.inf:
                 raise ValueError(f"tolerance={tolerance}: give a number of pixels above 0.")
             settled = replace(settled, pixels=tolerance)
         return decoder.until(settled, steps if isinstance(steps, int) else MOST_STEPS)

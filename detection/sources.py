@@ -281,7 +281,7 @@ def _from_tensor(tensor: Tensor, where: str) -> Tensor:
         raise DataError(f"{where} has shape {tuple(tensor.shape)}; an image is (3, H, W).{hint}")
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise DataError(_wrong_kind(where, str(tensor.dtype)))
-    return _as_bytes(tensor.detach().cpu(), where)
+    return _as_bytes(tensor.detach().cpu().clone(), where)
 
 
 def _as_bytes(image: Tensor, where: str) -> Tensor:
@@ -289,6 +289,7 @@ def _as_bytes(image: Tensor, where: str) -> Tensor:
     if not image.numel():
         raise DataError(f"{where} has shape {tuple(image.shape)}, and so no pixels.")
     if image.is_floating_point():
+        image = image.float()
         if not image.isfinite().all():
             raise DataError(f"{where} has pixels that are not finite (NaN or infinity).")
         low, high = float(image.min()), float(image.max())
@@ -297,7 +298,7 @@ def _as_bytes(image: Tensor, where: str) -> Tensor:
                 f"{where} has floating-point pixels from {low:g} to {high:g}; they must lie in "
                 "[0, 1]. Divide by the white level, or convert levels of 0 to 255 to uint8."
             )
-        image = (image.float() * 255).round().to(torch.uint8)
+        image = (image * 255).round().to(torch.uint8)
     return image.contiguous()
 
 

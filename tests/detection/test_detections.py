@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from detection.data.types import Categories
 from detection.detections import Detections, select_detections
+from detection.sources import NamedImage
 
 
 def select(
@@ -128,3 +136,119 @@ def test_to_coco_gives_sides_and_the_original_ids() -> None:
         )
         == []
     )
+
+
+CATEGORIES = Categories(("cat", "dog"), (17, 18))
+
+
+def known(**more: Any) -> Detections:
+    boxes = torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 9.0, 9.0], [3.0, 3.0, 5.0, 5.0]])
+    scores, labels = torch.tensor([0.75, 0.5, 0.25]), torch.tensor([1, 0, 1])
+    return Detections(boxes, scores, labels, CATEGORIES, **more)
+
+
+def test_names_ids_and_single_detections() -> None:
+    found = known()
+    assert found.class_names == ["dog", "cat", "dog"] and found.category_ids == [18, 17, 18]
+    assert found[0] == next(iter(found)) == ((1.0, 2.0, 4.0, 8.0), 0.75, 1, "dog", 18)
+    assert [one.class_name for one in found] == found.class_names
+    assert found[-1].score == 0.25
+    with pytest.raises(IndexError):
+        _ = found[3]
+    unnamed = Detections(found.boxes, found.scores, found.labels)
+    assert [(one.label, one.class_name, one.category_id) for one in unnamed] == [
+        (1, None, None),
+        (0, None, None),
+        (1, None, None),
+    ]
+
+
+def test_a_choice_keeps_what_is_known() -> None:
+    source = NamedImage("here", np.zeros((8, 8), np.uint8))
+    found = known(steps=4, residual=0.5, source=source)
+    for chosen in (found[:2], found[found.scores >= 0.5], found[[0, 1]], found.above(0.5)):
+        assert chosen.scores.tolist() == [0.75, 0.5] and chosen.boxes.shape == (2, 4)
+        assert (chosen.steps, chosen.residual) == (4, 0.5)
+        assert chosen.source is source and chosen.categories is CATEGORIES
+    assert len(found[3:]) == 0
+
+
+def test_repr_reads_well() -> None:
+    found = known(steps=4, residual=0.00123)
+    assert repr(found) == (
+        "Detections(3: dog 0.75, cat 0.50, dog 0.25; 4 refinements, residual 1.2e-03)"
+    )
+    assert repr(found[3:]) == "Detections(none; 4 refinements, residual 1.2e-03)"
+    many = Detections(torch.zeros(9, 4), torch.ones(9), torch.zeros(9, dtype=torch.int64))
+    assert repr(many) == "Detections(9: class 0 1.00" + ", class 0 1.00" * 4 + ", …)"
+
+
+def test_without_classes_or_image_there_is_a_remedy(tmp_path: Path) -> None:
+    found = known()
+    unnamed = Detections(found.boxes, found.scores, found.labels)
+    for ask in (lambda: unnamed.class_names, lambda: unnamed.category_ids, unnamed.to_coco):
+        with pytest.raises(ValueError, match="give their Categories"):
+            ask()
+    with pytest.raises(ValueError, match=r"give plot\(image\)"):
+        found.save(tmp_path / "a.png")
+    assert unnamed.to_coco(1, CATEGORIES) == found.to_coco(1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_is_drawn_upon_its_image_or_another(tmp_path: Path) -> None:
+    image = np.zeros((48, 64, 3), np.uint8)
+    found = known(source=NamedImage("here", image))
+    blank = np.asarray(found.plot(threshold=0.9, scale=1))
+    drawn = np.asarray(found.plot(threshold=0.3, scale=1))
+    assert blank.shape == drawn.shape == (48, 64, 3)
+    assert not blank.any() and drawn.any()
+    assert found.plot(np.zeros((20, 30, 3)), scale=2).size == (60, 40)
+    assert found.plot().size == (640, 480)  # enlarged, so that labels can be read
+    assert not image.any()
+
+
+def test_is_saved_as_picture_or_records(tmp_path: Path) -> None:
+    found = known(source=NamedImage("here", np.zeros((48, 64, 3), np.uint8)))
+    for name in ("a.png", "a.jpg", "below/a.webp"):
+        path = found.save(tmp_path / name)
+        with Image.open(path) as picture:
+            assert picture.size == (640, 480)
+    records = json.loads(found.save(tmp_path / "a.json", image_id=5).read_text())
+    assert records == found.to_coco(5) and len(records) == 3
+    for name in ("a", "a.xyz"):
+        with pytest.raises(ValueError, match=r"must end in \.json, or as pictures do"):
+            found.save(tmp_path / name)
+    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {"a.png", "a.jpg", "a.webp", "a.json"}
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = known().save(tmp_path / "a.json")
+    before = path.read_text()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        known()[:1].save(path)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.filterwarnings("ignore:OpenCV")
+def test_to_supervision() -> None:
+    converted = known().to_supervision()
+    assert converted.xyxy.tolist() == known().boxes.tolist()
+    assert converted.confidence.tolist() == [0.75, 0.5, 0.25]
+    assert converted.class_id.tolist() == [1, 0, 1]
+    assert converted.data["class_name"].tolist() == ["dog", "cat", "dog"]
+    assert converted.data["category_id"].tolist() == [18, 17, 18]
+    assert len(known()[3:].to_supervision()) == 0
+
+
+def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match=r"implicit\[supervision\]"):
+        known().to_supervision()
