@@ -111,6 +111,8 @@ class Distributed:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is None:  # who leaves first may take down what the others still talk through
+            self.barrier()
         self.close()
 
 

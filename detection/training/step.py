@@ -89,7 +89,6 @@ class Step:
             self.objective = DistributedDataParallel(
                 Objective(detector, recipe).train(),
                 device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # statistics are frozen
             )
         self.generator = torch.Generator(device)
         self.count = self.overflows = 0
