@@ -7,6 +7,7 @@ run that is resumed at any batch sees what the uninterrupted run would have seen
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -215,6 +216,8 @@ def make_loader(
     Raises:
         ValueError: an argument is out of its range.
         DataError: too few images for a training batch on every process.
+        RuntimeError: called by a process that a loader has started, where the system starts
+            processes by running the script anew (Windows, macOS, ``spawn``).
 
     Example:
         >>> import pathlib, tempfile
@@ -237,6 +240,11 @@ def make_loader(
             raise ValueError(f"make_loader({name}={value}): at least {least}.")
     if not 0 <= rank < world_size:
         raise ValueError(f"make_loader(rank={rank}): must be from 0 to {world_size - 1}.")
+    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "A process that loads images runs the script anew, from its beginning. Put what the "
+            'script does under\n\n    if __name__ == "__main__":\n\nor choose workers=0.'
+        )
     source: Dataset[tuple[Tensor, Target]]
     sampler: TrainingBatches | EvaluationBatches
     if training:

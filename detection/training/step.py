@@ -37,6 +37,8 @@ from detection.training.recipe import Recipe
 
 MOST_OVERFLOWS = 20
 """Steps on end that may overflow in float16: the loss scale is then a millionth of what it was."""
+FIRST_SCALE = 1024.0
+"""Of the loss in float16: its gradient is in the hundreds, and torch's 65536 would overflow."""
 
 
 class Objective(nn.Module):
@@ -83,7 +85,9 @@ class Step:
         self.optimizer = make_optimizer(detector, settings)
         self.schedule = make_schedule(self.optimizer, settings, steps_per_epoch)
         self.average = ExponentialAverage(detector, recipe.average) if recipe.average else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+        self.scaler = torch.amp.GradScaler(
+            device.type, init_scale=FIRST_SCALE, enabled=settings.precision == "float16"
+        )
         self.objective: Callable[..., Supervised] = Objective(detector, recipe).train()
         if distributed.world_size > 1:
             self.objective = DistributedDataParallel(

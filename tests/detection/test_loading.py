@@ -89,9 +89,9 @@ def test_padded_size(size: tuple[int, int]) -> None:
 def test_training_batches(
     sizes: list[tuple[int, int]], batch_size: int, world_size: int, epoch: int
 ) -> None:
-    portrait = [height > width for height, width in sizes]
-    full = sum(portrait) // batch_size + (len(sizes) - sum(portrait)) // batch_size
-    if full < world_size:
+    portrait, whole = [height > width for height, width in sizes], batch_size * world_size
+    full = sum(portrait) // whole + (len(sizes) - sum(portrait)) // whole
+    if not full:
         with pytest.raises(DataError, match=f"do not fill one batch of {batch_size}"):
             TrainingBatches(sizes, batch_size, seed=0, rank=0, world_size=world_size)
         return
@@ -100,12 +100,36 @@ def test_training_batches(
         batches = TrainingBatches(sizes, batch_size, 0, rank, world_size)
         batches.set_epoch(epoch)
         drawn = list(batches)
-        assert len(drawn) == len(batches) == full // world_size  # the same on every rank
+        assert len(drawn) == len(batches) == full  # the same on every rank
         for batch in drawn:
             assert len(batch) == batch_size
             assert len({portrait[index] for index, _ in batch}) == 1
             seen.extend(index for index, _ in batch)
-    assert len(seen) == len(set(seen)) == full // world_size * world_size * batch_size
+    assert len(seen) == len(set(seen)) == full * whole
+
+
+@given(sizes=SIZES, batch_size=st.integers(1, 3), world_size=st.integers(1, 3))
+def test_what_all_processes_draw_is_what_one_draws(
+    sizes: list[tuple[int, int]], batch_size: int, world_size: int
+) -> None:
+    """Step by step, with the seeds of the images."""
+    whole = batch_size * world_size
+    try:
+        wanted = list(TrainingBatches(sizes, whole, 5))
+    except DataError:
+        return
+    drawn = [TrainingBatches(sizes, batch_size, 5, rank, world_size) for rank in range(world_size)]
+    assert [sum(parts, []) for parts in zip(*drawn, strict=True)] == wanted
+
+
+@given(sizes=SIZES, start=st.integers(0, 20))
+def test_an_epoch_is_gone_on_with_at_any_batch(sizes: list[tuple[int, int]], start: int) -> None:
+    batches = TrainingBatches(sizes, 1, seed=2)
+    batches.set_epoch(3)
+    wanted = list(batches)
+    batches.set_epoch(3, start=start)
+    assert list(batches) == wanted[start:]
+    assert len(batches) == len(wanted)  # of a whole epoch
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
