@@ -23,18 +23,12 @@ from torch import Tensor
 
 from detection.data.errors import DataError, DataWarning
 from detection.data.fetching import fetch, is_url
-from detection.data.images import decode_image
+from detection.data.images import SUFFIXES, decode_image
 from detection.data.video import VIDEO_ENDINGS, read_frames
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
 """A path, an address, a Pillow image, an array ``(H, W)``, ``(H, W, 3)`` or ``(H, W, 4)``, or a
 tensor ``(3, H, W)``."""
-
-IMAGE_ENDINGS = (
-    *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
-)
-"""What is looked for in folders; a file that is named itself may end in anything."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,11 +220,11 @@ def find_sources(places: Sequence[str | os.PathLike[str]]) -> Sources:
 def _in_folder(candidates: Sequence[Path], where: str) -> tuple[list[Path], int]:
     """The images and videos among the files of a folder, and the number of others."""
     files = [path for path in candidates if path.is_file() and not path.name.startswith(".")]
-    found = [p for p in files if p.suffix.lower() in IMAGE_ENDINGS or _is_video(p)]
+    found = [p for p in files if p.suffix.lower() in SUFFIXES or _is_video(p)]
     if not found:
         raise DataError(
             f"{where}: none of the {len(files)} files there is an image or a video, by its ending "
-            f"({', '.join((*IMAGE_ENDINGS, *VIDEO_ENDINGS))})."
+            f"({', '.join((*sorted(SUFFIXES), *VIDEO_ENDINGS))})."
         )
     return found, len(files) - len(found)
 

@@ -25,6 +25,14 @@ STRIDE = 32
 """Images are padded to a multiple of the coarsest stride of the feature pyramid."""
 
 
+WORKERS_ENDED = (
+    "A process that reads images ended unexpectedly. Where new processes import the script again "
+    "(Windows, macOS, multiprocessing's spawn and forkserver), its work must stand below "
+    '`if __name__ == "__main__":`. Otherwise memory may be short, in /dev/shm as well: lower the '
+    "number of workers; 0 reads the images in this process."
+)
+
+
 def padded_size(size: tuple[int, int]) -> tuple[int, int]:
     """``(height, width)`` rounded up to multiples of 32.
 
@@ -181,10 +189,43 @@ class SeededDataset(Dataset[tuple[Tensor, Target]]):
             return self.dataset[index]
 
 
+class HandingOn(Dataset["tuple[Tensor, Target] | DataError"]):
+    """A data set that returns a `DataError` as an element, so that it leaves a worker whole.
+
+    Raised in a worker, an error arrives as the text of two tracebacks.
+    """
+
+    def __init__(self, dataset: Dataset[tuple[Tensor, Target]]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, Target] | DataError:
+        try:
+            return self.dataset[key]
+        except DataError as error:
+            return error
+
+
+def _collate_sound(samples: Sequence[tuple[Tensor, Target] | DataError]) -> Batch | DataError:
+    errors = [sample for sample in samples if isinstance(sample, DataError)]
+    return errors[0] if errors else collate(samples)  # type: ignore[arg-type]
+
+
 class BatchLoader(DataLoader[Any]):
     """A `torch.utils.data.DataLoader` of `Batch` whose epochs are chosen by `set_epoch`."""
 
     batch_sampler: TrainingBatches | EvaluationBatches
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """The batches of an epoch; a `DataError` of a worker is raised here as it was there."""
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error) and "bootstrapping" not in str(error):
+                raise
+            raise RuntimeError(WORKERS_ENDED) from error
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch that the next iterations draw, and how many batches they leave out."""
@@ -254,10 +295,10 @@ def make_loader(
         source = dataset
         sampler = EvaluationBatches(_output_sizes(dataset), batch_size, rank, world_size)
     return BatchLoader(
-        source,
+        HandingOn(source),
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate_sound,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         # The workers' base seed: drawn here, it leaves the global generator alone.
