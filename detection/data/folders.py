@@ -24,7 +24,7 @@ from detection.data.voc_folder import find_voc
 from detection.data.yolo_folder import find_yolo
 
 LAYOUTS = f"""\
-COCO ({LAYOUT.removeprefix("expected: ")}; or train/_annotations.coco.json and \
+{LAYOUT.removeprefix("expected: ")} (COCO; or train/_annotations.coco.json and \
 valid/_annotations.coco.json among the images), \
 YOLO (data.yaml, or classes.txt with images/train, images/val, labels/train and labels/val), or \
 Pascal VOC (JPEGImages, Annotations, ImageSets/Main/train.txt and val.txt; or XML files beside the \
