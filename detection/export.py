@@ -153,7 +153,7 @@ def export_program(
         ValueError: if the ending is another, or a number out of its range.
     """
     path = _checked(path, ".pt2")
-    layers = _layers(predictor, size, steps)
+    layers = layers_of(predictor, size, steps)
     program = _traced(Exportable(predictor.detector, size, layers), _images(predictor, size))
     about = json.dumps(_about(predictor, size, layers))
     with replacing(path) as temporary:
@@ -205,7 +205,7 @@ def export_onnx(
         raise ImportError(
             'export_onnx() needs packages: pip install "implicit[export]".'
         ) from error
-    layers = _layers(predictor, size, steps)
+    layers = layers_of(predictor, size, steps)
     model = _onnx_model(predictor, size, layers, opset)
     about = _about(predictor, size, layers)
     onnx.helper.set_model_props(
@@ -217,8 +217,13 @@ def export_onnx(
     return path
 
 
-def _layers(predictor: Predictor, size: tuple[int, int], steps: int | None) -> list[QueryLayer]:
-    """The layers to call after the first one, in order."""
+def layers_of(predictor: Predictor, size: tuple[int, int], steps: int | None) -> list[QueryLayer]:
+    """The layers to call after the first one, in order.
+
+    Raises:
+        ExportError: naming the part that cannot be exported.
+        ValueError: if a number is out of its range.
+    """
     name, decoder = predictor.recipe.name, predictor.detector.decoder
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size={size}: give (height, width) in pixels.")

@@ -47,7 +47,7 @@ def small_predictor(
     detector = Detector(model)
     with torch.no_grad():
         for parameter in detector.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
+            parameter.add_(0.02 * torch.randn_like(parameter))
         for name, module in detector.named_modules():
             if name.endswith("class_head"):  # everything is likely, so that everything matters
                 last = module.get_submodule("3")
