@@ -37,7 +37,7 @@ def load(path_or_id: Path | str, *, device: torch.device | str = "cpu") -> Predi
 
     Args:
         path_or_id: a ``.safetensors`` file of a run, the folder of a run (its best checkpoint is
-            taken), a folder that `Predictor.save_pretrained` wrote, or the name of a model on the
+            taken), a folder that ``save_pretrained`` wrote, or the name of a model on the
             Hugging Face hub, ``owner/name``, where nothing of that name lies on the disk.
         device: where to compute.
 
@@ -73,7 +73,7 @@ class Predictor(HubMixin):
         >>> from detection.data import digits_categories
         >>> from detection.recipes import recipe
         >>> chosen = recipe("deqdet_digits")
-        >>> model = Predictor(Detector(chosen.model), chosen, digits_categories())
+        >>> model = Predictor(Detector(chosen.model), chosen, digits_categories)
         >>> found = model.predict(np.zeros((96, 128, 3), np.uint8), steps=3)
         >>> len(found), found.steps, model.predict([])
         (100, 3, [])
@@ -257,7 +257,7 @@ class Predictor(HubMixin):
             >>> from detection.data import digits_categories
             >>> from detection.recipes import recipe
             >>> chosen = recipe("deqdet_digits")
-            >>> model = Predictor(Detector(chosen.model), chosen, digits_categories())
+            >>> model = Predictor(Detector(chosen.model), chosen, digits_categories)
             >>> film = (np.full((64, 64), level, np.uint8) for level in (90, 91))
             >>> [len(found) for found in model.stream(film, steps=2)]
             [100, 100]
