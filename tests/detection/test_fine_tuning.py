@@ -123,7 +123,7 @@ def test_a_converted_published_checkpoint_is_begun_from(tmp_path: Path) -> None:
 
 
 def test_a_run_begins_from_another_and_its_average_too(tmp_path: Path) -> None:
-    """At a learning rate of next to nothing it ends where the other ended; resuming needs no file."""
+    """At a rate of next to nothing it ends where the other ended; resuming needs no file."""
     recipe = small_recipe(1)
     recipe = replace(recipe, optimization=replace(recipe.optimization, lr=1e-12))
     root = compose_digits(tmp_path / "digits", train_images=8, val_images=2, size=64)
