@@ -2,10 +2,10 @@
 
     python -m benchmarks.loader_memory
 
-Objects of Python that a process shares with its parent are copied as soon as they are looked at
-(their counts of references change), so a data set kept as a list of records seems to leak.  Told is
-the private memory of all workers together (Linux), from the hundredth batch on, when every worker
-has done all that it does.
+Told is what all workers together hold from the hundredth batch on, when each has done all that it
+does (Linux): in all, and of that what is theirs alone.  Objects of Python that a worker shares with
+its parent become its own as soon as they are looked at (their counts of references change), so a
+data set that is kept as a list of records seems to leak; the second column would show it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ IMAGES = 400
 GOAL = 0.02
 
 
-def memory_of_workers() -> int:
-    """Bytes that the child processes do not share with others."""
-    total = 0
+def memory_of_workers() -> tuple[int, int]:
+    """Bytes that all child processes hold, and those that they share with no other process."""
+    found = {"Rss": 0, "Private_Clean": 0, "Private_Dirty": 0}
     for child in multiprocessing.active_children():
         for line in Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Private_"):
-                total += 1024 * int(line.split()[1])
-    return total
+            name, _, rest = line.partition(":")
+            if name in found:
+                found[name] += 1024 * int(rest.split()[0])
+    return found["Rss"], found["Private_Clean"] + found["Private_Dirty"]
 
 
-def measure(root: Path) -> list[tuple[int, int]]:
-    """Pairs of the batches done and the bytes that the workers hold then."""
+def measure(root: Path) -> list[tuple[int, int, int]]:
+    """The batches done, the bytes that the workers hold then, and those that are theirs alone."""
     augmentation = replace(recipe("deqdet_digits").augmentation, horizontal_flip=0.5)
     dataset = load_coco_split(root, "train", train_transform(augmentation))
     loader = make_loader(dataset, BATCH, training=True, workers=WORKERS, seed=0)
@@ -49,16 +50,18 @@ def measure(root: Path) -> list[tuple[int, int]]:
         for _ in loader:
             done += 1
             if done >= FIRST and done % EVERY == 0:
-                found.append((done, memory_of_workers()))
+                found.append((done, *memory_of_workers()))
             if done == BATCHES:
                 break
         epoch += 1
     return found
 
 
-def growth(found: list[tuple[int, int]]) -> float:
+def growth(found: list[tuple[int, int, int]]) -> float:
     """Relative difference of the medians of the last and of the first five measurements."""
-    first, last = (statistics.median(size for _, size in some) for some in (found[:5], found[-5:]))
+    first, last = (
+        statistics.median(size for _, size, _ in some) for some in (found[:5], found[-5:])
+    )
     return last / first - 1
 
 
@@ -68,9 +71,9 @@ def main() -> None:
     with TemporaryDirectory() as name:
         root = compose_digits(Path(name) / "digits", train_images=IMAGES, val_images=1, size=128)
         found = measure(root)
-    table = Table("batches", "MiB of the workers")
-    for done, size in found:
-        table.add_row(str(done), f"{size / 2**20:.1f}")
+    table = Table("batches", "MiB of the workers", "theirs alone")
+    for done, *sizes in found:
+        table.add_row(str(done), *(f"{size / 2**20:.1f}" for size in sizes))
     console.print(f"{WORKERS} workers, batches of {BATCH}, {IMAGES} images. {machine()}.")
     console.print(table)
     grown = growth(found)
