@@ -62,11 +62,10 @@ def told(interrupted: str = "Interrupted.") -> Iterator[None]:
         ...     print(stopped.code)
         2
     """
-    shown = warnings.showwarning
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", DataWarning)
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield
     except PROBLEMS as error:
         say(f"error: {error}", "red")
@@ -78,8 +77,6 @@ def told(interrupted: str = "Interrupted.") -> Iterator[None]:
         with suppress(OSError):
             sys.stdout.close()
         raise Stopped(FAILED) from None
-    finally:
-        warnings.showwarning = shown
 
 
 def say(text: str, style: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, get_args
+from typing import TypeVar, cast, get_args
 
 import tyro
 
@@ -34,7 +34,7 @@ def read(
         SystemExit: after help (0), or after saying which option is wrong (2).
     """
     with _choices():
-        found: T = tyro.cli(
+        found = tyro.cli(
             kind,
             prog=prog,
             args=arguments,
@@ -42,7 +42,7 @@ def read(
             description=description,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    return found
+    return cast(T, found)
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:
