@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from kill_runs import small_recipe
+from kill_runs import differences, small_recipe
 from torch import Tensor
 
 from detection.checkpoints import load_training_state, load_weights
@@ -175,8 +176,16 @@ def work(root: Path, folder: Path) -> None:
             objects = here.gather_objects(sum(len(target.labels) for target in batch.targets))
             if here.is_main:
                 torch.save((found, objects), folder / f"{name}-{here.world_size}.pt")
-        recipe = noisy_recipe()
-        train(recipe, *sets(recipe, root), folder / f"run{here.world_size}", distributed=here)
+        recipe, run = noisy_recipe(), folder / f"run{here.world_size}"
+        train(recipe, *sets(recipe, root), run, distributed=here)
+        # As if it had been killed in its second epoch.
+        resumed = folder / f"resumed{here.world_size}"
+        if here.is_main:
+            shutil.copytree(run, resumed)
+            for path in resumed.glob("checkpoints/step_000006.*"):
+                path.unlink()
+        here.barrier()
+        train(recipe, *sets(recipe, root), resumed, distributed=here, resume=True)
 
 
 def decoders() -> dict[str, Recipe]:
@@ -236,7 +245,7 @@ def two(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deq", "stacked", "recurrent"])
 def test_two_processes_have_the_gradients_of_one(two: Path, kind: str) -> None:
-    """Every parameter has one, though one of the processes has a batch without objects."""
+    """Faults: one rank's batch without objects, unused parameters: every parameter has its own."""
     (one, (objects,)), (both, counts) = (torch.load(two / f"{kind}-{n}.pt") for n in (1, 2))
     assert 0 in counts and sum(counts) == objects > 0
     assert largest_difference(one, both) < TOLERANCE
@@ -244,6 +253,7 @@ def test_two_processes_have_the_gradients_of_one(two: Path, kind: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_and_the_ap_of_one(two: Path) -> None:
+    """Faults: collectives on rank 0 alone, images that are evaluated twice or not at all."""
     one, both = (read_json_lines(two / f"run{n}" / "log.jsonl") for n in (1, 2))
     assert len(one) == len(both) == 8
     for wanted, found in zip(one, both, strict=True):
@@ -261,6 +271,16 @@ def test_two_processes_have_the_weights_of_one(two: Path) -> None:
     assert largest_difference(*(state["model"] for state in states)) < 1e-5
     averages = [load_weights(two / f"run{n}" / name)[0] for n in (1, 2)]
     assert largest_difference(*averages) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_of_two_processes_is_resumed_to_the_bit(two: Path, count: int) -> None:
+    """With the average, and the random generators of each process."""
+    found = differences(two / f"run{count}", two / f"resumed{count}")
+    assert [name for name in found if "step_000003" not in name] == []
+    state = load_training_state(two / f"resumed{count}" / "checkpoints" / "step_000006.safetensors")
+    assert len(state["random"]) == count
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(digits: Path, tmp_path: Path) -> None:
