@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -466,3 +467,64 @@ def test_noise_must_return_a_state_like_its_own(noise: Any) -> None:
             at=(1,),
             perturbation=[Perturbation(noise, 1.0)],
         )
+
+
+# -- a batch in parts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("cuts", [(0, 6), (0, 2, 4, 6), (0, 1, 6)])
+def test_parts_of_a_batch_walk_the_path_of_the_whole(entry: Entry, cuts: tuple[int, ...]) -> None:
+    """Coins and noise are those of the whole batch, whatever the parts are."""
+    w = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    y0 = torch.randn(6, 5, dtype=torch.float64, generator=generator(8))
+    noise = [Perturbation(kind, 0.5, entry) for kind in (NormScaledNoise(0.2), GaussianNoise(0.3))]
+
+    def walk(y0: Tensor, source: Any) -> implicit.Supervision:
+        return supervise(
+            lambda y: torch.tanh(w * y),
+            y0,
+            lambda y, n: y.square().sum(),
+            at=AT,
+            perturbation=noise,
+            parameters=[w],
+            generator=source,
+        )
+
+    whole = walk(y0, generator(4))
+    parts = [
+        walk(y0[first:end], implicit.BatchPart(generator(4), 6, first))
+        for first, end in pairwise(cuts)
+    ]
+    torch.testing.assert_close(sum(part.losses for part in parts), whole.losses)
+    torch.testing.assert_close(torch.cat([part.residual for part in parts]), whole.residual)
+    (wanted,) = torch.autograd.grad(whole.loss, w)
+    found = sum(torch.autograd.grad(part.loss, w)[0] for part in parts)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_residual_is_that_of_the_last_step() -> None:
+    y0 = torch.ones(2, 3, dtype=torch.float64)
+    found = supervise(lambda y: 0.5 * y + 1, y0, lambda y, n: y.sum(), at=(1, 4))
+    y = y0
+    for _ in range(3):
+        y = 0.5 * y + 1
+    fy = 0.5 * y + 1
+    torch.testing.assert_close(found.residual, (fy - y).norm(dim=1) / fy.norm(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: implicit.BatchPart(generator(), 0), "BatchPart.*size=0"),
+        (lambda: implicit.BatchPart(generator(), 4, 4), r"BatchPart\(first=4\).*from 0 to 3"),
+        (lambda: implicit.BatchPart(generator(), 4, -1), r"BatchPart\(first=-1\)"),
+        (
+            lambda: standard_normal(torch.zeros(3, 2), implicit.BatchPart(generator(), 4, 2)),
+            "3 samples from place 2 on are more than a batch of 4",
+        ),
+    ],
+)
+def test_parts_that_no_batch_has_are_refused(make: Callable[[], Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
