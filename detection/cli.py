@@ -19,7 +19,6 @@ COMMANDS = {
     "convert": "take over a published checkpoint",
     "export": "write a checkpoint as ONNX or as a program of torch.export",
     "benchmark": "time a detector on this machine",
-    "report": "write one page about a run",
 }
 """What there is, in the order of use; `detection.commands` has a module for each."""
 

@@ -35,7 +35,7 @@ METADATA = "metadata.json"
 """Name of the description inside a ``.pt2`` file."""
 
 
-class ExportError(RuntimeError):
+class ExportError(ValueError):
     """A detector that cannot be exported; says what stands against it."""
 
 

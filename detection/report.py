@@ -41,12 +41,30 @@ def draw_run(
         folder: of the run; its ``log.jsonl`` is read.
         threshold: lowest score that is drawn.
     """
-    chosen = range(min(SHOWN, len(dataset)))
     page, film, curves = (folder / n for n in ("validation.png", "refinement.gif", "training.png"))
-    batches = [collate([dataset[i]]) for i in chosen]
+    draw_validation(model, dataset, page, threshold)
+    batches = _first(dataset)
+    busiest = max(batches, key=lambda batch: len(batch.targets[0].labels))
+    _film(model, busiest, dataset.categories, film)
+    plot_training(read_json_lines(folder / "log.jsonl"), _residuals(model, batches), curves)
+    return [page, film, curves]
+
+
+def draw_validation(
+    model: Detector, dataset: CocoDataset, path: Path, threshold: float = 0.3
+) -> None:
+    """Draw the first images of a validation set with predicted and true boxes on one page.
+
+    Args:
+        model: a detector.
+        dataset: validation set with its transform.
+        path: of the picture; its ending names the format.
+        threshold: lowest score that is drawn.
+    """
+    batches = _first(dataset)
     pictures = []
-    for i, (target, detections) in zip(chosen, detect(model, batches), strict=True):
-        image = read_image(dataset.path(i))
+    for i, (target, detections) in enumerate(detect(model, batches)):
+        image = read_image(dataset.path(i), target.original_size)
         height, width = target.original_size
         scale = torch.tensor([width, height, width, height]) / image_extent(batches[i].sizes)
         pictures.append(
@@ -60,12 +78,11 @@ def draw_run(
             )
         )
     title = f"Validation: solid boxes are predictions above {threshold}, dashed ones are true"
-    save_image(contact_sheet(pictures, columns=4, title=title), page)
+    save_image(contact_sheet(pictures, columns=4, title=title), path)
 
-    busiest = max(chosen, key=lambda i: len(batches[i].targets[0].labels))
-    _film(model, batches[busiest], dataset.categories, film)
-    plot_training(read_json_lines(folder / "log.jsonl"), _residuals(model, batches), curves)
-    return [page, film, curves]
+
+def _first(dataset: CocoDataset) -> list[Batch]:
+    return [collate([dataset[i]]) for i in range(min(SHOWN, len(dataset)))]
 
 
 @torch.inference_mode()
@@ -104,11 +121,3 @@ def _residuals(model: Detector, batches: Sequence[Batch]) -> Tensor | None:
 
 def _enlargement(image: Tensor) -> float:
     return max(1.0, min(SHORT_SIDE / min(image.shape[1:]), 2000 / max(image.shape[1:])))
-
-
-def draw_validation(model, dataset, path, threshold):
-    pass
-
-
-def write_report(*a, **k):
-    pass

@@ -211,6 +211,8 @@ def _read_page(path: Path) -> _Page:
     if root is None:
         return _Page(None, [], problems.kept)
     size = root.find("size")
+    if size is not None and size.find("height") is None and size.find("width") is None:
+        size = None
     sides = [_number(size, key) for key in ("height", "width")] if size is not None else [0.0, 0.0]
     whole = None
     if all(side is not None and side >= 1 and side == int(side) for side in sides):
