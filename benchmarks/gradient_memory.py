@@ -30,6 +30,7 @@ import implicit
 from benchmarks import plain_layer
 from benchmarks.full_size import SIZES, full_size
 from benchmarks.measure import (
+    device,
     machine,
     output_folder,
     peak_bytes,
@@ -85,15 +86,15 @@ class Generic(nn.Module):
 def generic(batch: int = 2048, dim: int = 256) -> Subject:
     """The generic layer."""
     torch.manual_seed(0)
-    layer, x = Generic(dim), torch.randn(batch, dim)
-    start = torch.zeros(batch, dim)
+    layer, x = Generic(dim).to(device()), torch.randn(batch, dim, device=device())
+    start = torch.zeros_like(x)
     outside = [*layer.parameters(), x, start]
     return Subject("tanh", layer, start, (x,), lambda y: y.square().mean(), outside)
 
 
 def refinement(queries: int, points: int) -> Subject:
     """The refinement layer of DEQDet."""
-    problem = full_size(queries, points)
+    problem = full_size(queries, points, device=device())
     return Subject(
         f"refinement {queries}/{points}",
         problem.layer,
@@ -201,7 +202,7 @@ def by_positions(subject: Subject, numbers: Sequence[int], steps: int) -> list[M
 
 def one_call(queries: int, points: int) -> dict[str, int]:
     """What one call of the refinement layer keeps: ours, and the plain composition."""
-    problem = full_size(queries, points)
+    problem = full_size(queries, points, device=device())
     queries_there = problem.queries._replace(content=problem.queries.content.requires_grad_())
 
     def kept(call: Callable[[], Any]) -> int:

@@ -163,6 +163,11 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return max(held, default=0)
 
 
+def device() -> str:
+    """Where benchmarks run: CUDA if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def seconds(run: Callable[[], object]) -> float:
     """Wall-clock time of one call, the GPU's work included."""
     if torch.cuda.is_available():

@@ -8,12 +8,13 @@ recorded for one shape of images, so there is one graph for each shape, recorded
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from detection.decoder.sparse_rcnn import SparseRCNNLayer
 from detection.models.decoders import EquilibriumDecoder, Output
 from detection.models.detector import Detector
 
@@ -33,8 +34,10 @@ class Engine:
 
     Every image takes the same number of refinements there, since a graph cannot wait to see whether
     an image is done: those of the configuration, or its most where that says ``"auto"``.  Matrix
-    products run in ``dtype``; boxes, and the logarithms of their overlaps, stay in float32.  On a
-    CPU nothing is recorded, and the model runs as it does without an engine.
+    products run in ``dtype``; boxes, and the logarithms of their overlaps, stay in float32.
+    Calls wait for each other, and belong on one stream.  Elsewhere than on a GPU nothing is
+    recorded, and neither is Sparse R-CNN's layer, which waits for the device: the model then runs
+    as it does without an engine.
 
     Args:
         model: on the device where it is to run; put in evaluation mode.  Its weights must not move
@@ -61,13 +64,21 @@ class Engine:
         if most_shapes < 1:
             raise ValueError(f"Engine(most_shapes={most_shapes}): must be at least 1.")
         self.model, self.dtype, self.most_shapes = model.eval(), dtype, most_shapes
+        self._can_record = not any(isinstance(m, SparseRCNNLayer) for m in model.modules())
+        self._lock = Lock()
         self._recorded: OrderedDict[tuple[torch.Size, torch.dtype], _Recorded] = OrderedDict()
 
-    @torch.inference_mode()
+    # Not `inference_mode`, in which autocast casts a weight anew at every refinement.
+    @torch.no_grad()
     def __call__(self, images: Tensor, sizes: Tensor) -> Output:
         """The output for ``images (B, 3, H, W)`` and ``sizes (B, 2)``, on the model's device."""
-        if self.model.pixel_mean.is_cpu:
-            return self._run(images, sizes)
+        if not self.model.pixel_mean.is_cuda or not self._can_record:
+            device = self.model.pixel_mean.device
+            return self._run(images.to(device), sizes.to(device))
+        with self._lock:
+            return self._replay(images, sizes)
+
+    def _replay(self, images: Tensor, sizes: Tensor) -> Output:
         key = images.shape, images.dtype
         if key not in self._recorded:
             self._recorded[key] = self._record(images, sizes)
@@ -91,8 +102,17 @@ class Engine:
                 self._run(images, sizes)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self._run(images, sizes)
+        # A weight that was cast before lies in memory that the graph does not own.
+        torch.clear_autocast_cache()
+        try:
+            # Threads of a data loader may go on with what they do meanwhile.
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+            ):
+                output = self._run(images, sizes)
+        finally:
+            torch.clear_autocast_cache()
         return _Recorded(graph, images, sizes, output)
 
     def _run(self, images: Tensor, sizes: Tensor) -> Output:
@@ -105,7 +125,7 @@ class Engine:
                 output = decoder(*encoded, stop=decoder.config.fixed_stop)
         return output
 
-    def _precision(self, device: str) -> AbstractContextManager[object]:
-        if self.dtype == torch.float32:
-            return nullcontext()
+    def _precision(self, device: str) -> torch.autocast:
+        if self.dtype == torch.float32:  # also where the caller is under autocast
+            return torch.autocast(device, enabled=False)
         return torch.autocast(device, self.dtype)

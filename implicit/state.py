@@ -216,7 +216,13 @@ class FlatMap:
             and leaf.dim() > 0
             and leaf.shape[0] == self.layout.batch
         )
-        return leaf.index_select(0, rows.to(leaf.device)) if belongs else leaf
+        if not belongs:
+            return leaf
+        kept = leaf.index_select(0, rows.to(leaf.device))
+        # Which forgets the layout of maps, and readers of maps may be slower on another.
+        if leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
+            kept = kept.contiguous(memory_format=torch.channels_last)
+        return kept
 
 
 def _shown(spec: Any) -> str:

@@ -32,6 +32,7 @@ def fits(points: Tensor, features: Sequence[Tensor], groups: int) -> bool:
     return (
         len(features) == LEVELS
         and points.dtype == torch.float32
+        and features[0].shape[1] % groups == 0
         and channels >= 16
         and channels & (channels - 1) == 0
     )
@@ -65,9 +66,10 @@ class _Sample(torch.autograd.Function):
         )
         number = points.shape[:4].numel()
         if number:
-            _forward[(triton.cdiv(number, BLOCK),)](
-                points, *features, out, *_numbers(points, features, strides), channels, BLOCK
-            )
+            with torch.cuda.device_of(points):
+                _forward[(triton.cdiv(number, BLOCK),)](
+                    points, *features, out, *_numbers(points, features, strides), channels, BLOCK
+                )
         return out
 
     @staticmethod
@@ -75,24 +77,28 @@ class _Sample(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         points, *features = ctx.saved_tensors
         for_points = torch.zeros_like(points)
+        maps = any(ctx.needs_input_grad[3:])
         # Atomic additions need float32; the layout is that of the maps.
         for_maps = [
             torch.zeros_like(feature, dtype=torch.float32, memory_format=torch.channels_last)
+            if maps
+            else points  # which is not written to
             for feature in features
         ]
         number = points.shape[:4].numel()
         if number:
-            _backward[(triton.cdiv(number, BLOCK),)](
-                points,
-                *features,
-                gradient.contiguous(),
-                for_points,
-                *for_maps,
-                *_numbers(points, features, ctx.strides),
-                gradient.shape[-1],
-                any(ctx.needs_input_grad[3:]),
-                BLOCK,
-            )
+            with torch.cuda.device_of(points):
+                _backward[(triton.cdiv(number, BLOCK),)](
+                    points,
+                    *features,
+                    gradient.contiguous(),
+                    for_points,
+                    *for_maps,
+                    *_numbers(points, features, ctx.strides),
+                    gradient.shape[-1],
+                    maps,
+                    BLOCK,
+                )
         wanted = zip(for_maps, features, ctx.needs_input_grad[3:], strict=True)
         return (
             for_points,

@@ -69,7 +69,7 @@ def matched_queries(
     """
     distributed = distributed or Distributed()
     matched = float(sum(min(num_queries, len(target.labels)) for target in targets))
-    mean = distributed.all_reduce_mean(torch.tensor(matched, device=distributed.device))
+    mean = distributed.all_reduce_mean(torch.full((), matched, device=distributed.device))
     return mean.clamp(min=1)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.engine import Engine
 from detection.models.detector import Detector
@@ -65,3 +67,39 @@ def test_a_graph_gives_what_the_model_gives() -> None:
         found = engine(images, sizes)
         torch.testing.assert_close(found.boxes, wanted.boxes, rtol=1e-3, atol=1e-2)
         torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-3, atol=1e-3)
+
+
+def test_an_engine_keeps_its_precision_under_autocast() -> None:
+    images, sizes = torch.rand(1, 3, 64, 64) * 255, torch.tensor([[64, 64]])
+    engine = Engine(model(), dtype=torch.float32)
+    wanted = engine(images, sizes)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = engine(images, sizes)
+    assert found.logits.dtype == torch.float32 and torch.equal(found.logits, wanted.logits)
+
+
+class CastsOfWeights(TorchDispatchMode):
+    """Counts how often weights are converted."""
+
+    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.places, self.count = {weight.data_ptr() for weight in weights}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].data_ptr() in self.places
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_refinements() -> None:
+    """In inference mode autocast would cast them anew at each, which a graph would record."""
+    counts = []
+    for steps in (2, 5):
+        detector = model()
+        detector.decoder.config = replace(detector.decoder.config, steps=steps)
+        with CastsOfWeights(detector.decoder.refinement.ffn.parameters()) as casts:
+            Engine(detector, dtype=torch.bfloat16)(
+                torch.zeros(1, 3, 64, 64), torch.tensor([[64, 64]])
+            )
+        counts.append(casts.count)
+    assert counts[0] == counts[1] > 0

@@ -144,3 +144,21 @@ def test_a_map_that_insists_on_its_batch_keeps_all_in() -> None:
 
     solution = implicit.fixed_point(f, torch.zeros(8, 3, dtype=torch.float64), args=(rates,))
     assert solution.converged.all()
+
+
+def test_maps_keep_their_layout_when_samples_leave() -> None:
+    """A map with its channels last stays so in the smaller batch, and each sample gets its own."""
+    maps = torch.rand(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    rates = torch.tensor([0.05, 0.9, 0.1, 0.8])[:, None]
+    seen = []
+
+    def f(y: torch.Tensor, maps: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+        seen.append((len(maps), maps.is_contiguous(memory_format=torch.channels_last)))
+        return rates * y + maps.mean((2, 3))
+
+    stop = implicit.Tolerance(atol=1e-6, rtol=0.0, max_steps=200)
+    found = implicit.fixed_point(
+        f, torch.zeros(4, 3), solver=implicit.Naive(), stop=stop, args=(maps, rates)
+    )
+    assert min(size for size, _ in seen) < 4 and all(kept for _, kept in seen)
+    torch.testing.assert_close(found.value, maps.mean((2, 3)) / (1 - rates), atol=1e-4, rtol=0)
