@@ -195,6 +195,8 @@ def _jpeg_damage(content: bytes) -> tuple[str, bool] | None:
         # Some cameras pad the data by a few bytes; damage leaves more.
         padding = re.search(r"(\d+) extraneous bytes before marker", text)
         return text, not (padding and int(padding[1]) <= HARMLESS_PADDING)
+    except KeyError:  # a colour space that this decoder has no name for
+        return "its colours are of a kind that only some programs read", False
     return None
 
 
