@@ -13,6 +13,7 @@ from rich.table import Table
 COMMANDS = {
     "train": "train a detector on a folder of labelled images, or go on with a run",
     "evaluate": "score a checkpoint with COCO's metrics",
+    "report": "tell what a run has come to, on one HTML page",
     "predict": "detect objects in images and videos",
     "check-data": "report what a data set holds and what is wrong with it",
     "recipes": "list the recipes: sizes, schedules, published AP",

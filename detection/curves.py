@@ -18,8 +18,10 @@ from detection.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_INK, _GREY, _GRID = "#181C24", "#6B7280", "#E5E7EB"
+INK, GREY, GRID = "#181C24", "#6B7280", "#E5E7EB"
+"""Of titles, of numbers and labels, of lines behind the curves."""
 _RED, _BLUE, _GREEN, _VIOLET = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[4]
 
 
@@ -49,6 +51,13 @@ def plot_training(
         >>> path.stat().st_size > 10000
         True
     """
+    figure = training_figure(log, residuals)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def training_figure(log: Sequence[Mapping[str, Any]], residuals: Tensor | None) -> Figure:
+    """The figure of `plot_training`, to be saved in any format."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -79,8 +88,7 @@ def plot_training(
         _precision(axes[0], found)
     if residuals is not None:
         _residual(axes[2], residuals.detach().double().cpu().numpy())
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    return figure
 
 
 def smoothed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -140,16 +148,16 @@ def _residual(axis: Axes, values: np.ndarray[Any, Any]) -> None:
         frameon=False,
         fontsize=9,
         title_fontsize=9,
-        labelcolor=_GREY,
+        labelcolor=GREY,
     )
-    legend.get_title().set_color(_GREY)
+    legend.get_title().set_color(GREY)
 
 
 def _style(axis: Axes, title: str, across: str, values: np.ndarray[Any, Any]) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=12)
-    axis.set_xlabel(across, fontsize=10, color=_GREY)
+    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=12)
+    axis.set_xlabel(across, fontsize=10, color=GREY)
     axis.set_yscale("log")
     known = values[np.isfinite(values) & (values > 0)]
     decades = math.log10(known.max() / known.min()) if known.size else 0.0
@@ -160,7 +168,7 @@ def _style(axis: Axes, title: str, across: str, values: np.ndarray[Any, Any]) ->
         axis.yaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(_GRID)
-    axis.tick_params(which="both", length=0, labelsize=9, labelcolor=_GREY)
-    axis.grid(True, axis="y", color=_GRID, linewidth=0.8)
+    axis.spines["bottom"].set_color(GRID)
+    axis.tick_params(which="both", length=0, labelsize=9, labelcolor=GREY)
+    axis.grid(True, axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)

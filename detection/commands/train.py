@@ -25,8 +25,8 @@ from detection.data import (
 from detection.distributed import Distributed
 from detection.evaluation import CocoScores
 from detection.models.detector import Detector
+from detection.pictures import draw_run, draw_validation
 from detection.recipes import recipe
-from detection.report import draw_run, draw_validation
 from detection.training.loop import OnEvaluation, train
 from detection.training.recipe import Recipe
 from detection.training.tracking import TensorBoard, Tracker, WeightsAndBiases

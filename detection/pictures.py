@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from detection.curves import plot_training
 from detection.data.coco import CocoDataset
 from detection.data.images import read_image
 from detection.data.loading import collate
-from detection.data.types import Batch, Categories
+from detection.data.types import Batch, Categories, Target
+from detection.detections import Detections
 from detection.models.decoders import EquilibriumDecoder
 from detection.models.detector import Detector
 from detection.prediction import detect
@@ -46,7 +48,7 @@ def draw_run(
     batches = _first(dataset)
     busiest = max(batches, key=lambda batch: len(batch.targets[0].labels))
     _film(model, busiest, dataset.categories, film)
-    plot_training(read_json_lines(folder / "log.jsonl"), _residuals(model, batches), curves)
+    plot_training(read_json_lines(folder / "log.jsonl"), residuals(model, batches), curves)
     return [page, film, curves]
 
 
@@ -62,23 +64,43 @@ def draw_validation(
         threshold: lowest score that is drawn.
     """
     batches = _first(dataset)
-    pictures = []
-    for i, (target, detections) in enumerate(detect(model, batches)):
-        image = read_image(dataset.path(i), target.original_size)
-        height, width = target.original_size
-        scale = torch.tensor([width, height, width, height]) / image_extent(batches[i].sizes)
-        pictures.append(
-            draw_detections(
-                image,
-                detections,
-                dataset.categories,
-                truth=(target.boxes * scale, target.labels),
-                threshold=threshold,
-                scale=_enlargement(image),
-            )
-        )
+    pictures = [
+        draw_image(dataset, i, detections, true_boxes(target, batches[i].sizes[0]), threshold)
+        for i, (target, detections) in enumerate(detect(model, batches))
+    ]
     title = f"Validation: solid boxes are predictions above {threshold}, dashed ones are true"
     save_image(contact_sheet(pictures, columns=4, title=title), path)
+
+
+def draw_image(
+    dataset: CocoDataset,
+    place: int,
+    detections: Detections,
+    truth: tuple[Tensor, Tensor],
+    threshold: float,
+) -> Image.Image:
+    """An image of a data set with what was found in it and what is there, enlarged if small."""
+    image = read_image(dataset.path(place), dataset.sizes[place])
+    return draw_detections(
+        image,
+        detections,
+        dataset.categories,
+        truth=truth,
+        threshold=threshold,
+        scale=enlargement(image),
+    )
+
+
+def true_boxes(target: Target, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes ``(G, 4)`` in pixels of the original image, and labels, of a transformed image.
+
+    Args:
+        target: its boxes are in pixels of the transformed image.
+        size: ``(2,)`` int (h, w) of that.
+    """
+    height, width = target.original_size
+    extent = torch.tensor([width, height, width, height])
+    return target.boxes * (extent / image_extent(size[None].cpu())), target.labels
 
 
 def _first(dataset: CocoDataset) -> list[Batch]:
@@ -100,12 +122,12 @@ def _film(model: Detector, batch: Batch, categories: Categories, path: Path) -> 
         [labels.cpu() for _, labels in best],
         categories,
         path,
-        scale=_enlargement(image),
+        scale=enlargement(image),
     )
 
 
 @torch.inference_mode()
-def _residuals(model: Detector, batches: Sequence[Batch]) -> Tensor | None:
+def residuals(model: Detector, batches: Sequence[Batch]) -> Tensor | None:
     """``(T, images)`` relative residual at each refinement, of a decoder that solves for one."""
     if not isinstance(model.decoder, EquilibriumDecoder):
         return None
@@ -119,5 +141,6 @@ def _residuals(model: Detector, batches: Sequence[Batch]) -> Tensor | None:
     return torch.cat(columns, dim=1).cpu()
 
 
-def _enlargement(image: Tensor) -> float:
+def enlargement(image: Tensor) -> float:
+    """How much to enlarge an image ``(3, H, W)`` so that labels can be read on it."""
     return max(1.0, min(SHORT_SIDE / min(image.shape[1:]), 2000 / max(image.shape[1:])))
