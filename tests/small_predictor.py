@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import nn
@@ -34,8 +36,12 @@ LAYER = LayerConfig(
 
 
 def small_predictor(
-    decoder: DecoderConfig | None = None, layer: AnyLayerConfig = LAYER, most: int = 10
+    decoder: DecoderConfig | None = None,
+    layer: AnyLayerConfig = LAYER,
+    most: int = 10,
+    categories: Categories = CATEGORIES,
 ) -> Predictor:
+    layer = replace(layer, num_classes=len(categories))
     model = ModelConfig(
         BackboneConfig("small", pretrained=False),
         layer=layer,
@@ -54,7 +60,7 @@ def small_predictor(
                 assert isinstance(last, nn.Linear)
                 last.bias.zero_()
     recipe = Recipe("small", model, size, max_detections=most)
-    return Predictor(detector, recipe, CATEGORIES, metrics={"AP": 0.5, "AP_large": None}, step=7)
+    return Predictor(detector, recipe, categories, metrics={"AP": 0.5, "AP_large": None}, step=7)
 
 
 def picture(height: int = 50, width: int = 70, seed: int = 0) -> np.ndarray:

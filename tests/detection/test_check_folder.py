@@ -264,9 +264,13 @@ def test_ids_may_be_sparse_negative_or_huge(tmp_path: Path) -> None:
     assert train[0][1].labels.tolist() == [1]
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("count", [3, 30])
 def test_corners_given_as_sizes(tmp_path: Path, count: int) -> None:
-    """Fault: xyxy given as xywh.  Expected: refused, with the boxes' right format."""
+    """Fault 9: xyxy given as xywh.
+
+    Expected: refused, with the boxes' right format.
+    """
     document = instances(count)
     chance = np.random.default_rng(0)
     for record in document["annotations"]:

@@ -332,7 +332,12 @@ def test_float_pixels_are_refused(tmp_path: Path) -> None:
         read_image(tmp_path / "image.tif")
 
 
+@pytest.mark.fault(13)
 def test_exif_rotation_only_where_the_annotation_asks_for_it(tmp_path: Path) -> None:
+    """Fault 13: EXIF rotation of an image that is trained on.
+
+    Expected: turned where the annotated size is that of the turned image, and only there.
+    """
     stored = Image.new("RGB", (30, 20))
     stored.paste((255, 255, 255), (0, 0, 15, 20))  # left half white
     exif = Image.Exif()

@@ -73,8 +73,13 @@ def test_three_commands_make_a_detector(
     assert "not an empty folder" in told(capsys)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_batch(own: Path, trained: Path, tmp_path: Path) -> None:
+    """Fault 25: the AP depends on how images were batched.
+
+    Expected: the same scores with any batch size.
+    """
     scores = []
     for size in ("1", "3"):
         path = tmp_path / f"{size}.json"

@@ -173,10 +173,14 @@ def test_folder_of_other_files_is_refused(digits: Path, tmp_path: Path) -> None:
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 5}\n'
 
 
+@pytest.mark.fault(18)
 def test_non_finite_loss_stops_with_image_ids(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training stops at the first loss that is not finite and names the images."""
+    """Fault 18: a loss that is not finite.
+
+    Expected: training stops and names the images.
+    """
     original = Detector.losses
 
     def broken(self: Detector, *args: object):
@@ -189,8 +193,12 @@ def test_non_finite_loss_stops_with_image_ids(
         run(tiny(), digits, tmp_path / "run")
 
 
+@pytest.mark.fault(6)
 def test_images_without_objects_train(digits: Path, tmp_path: Path) -> None:
-    """Whole batches without a single object give finite losses: the normaliser is clamped."""
+    """Fault 6: a batch without a single object.
+
+    Expected: finite losses; the normaliser is at least one.
+    """
     root = tmp_path / "sparse"
     shutil.copytree(digits, root)
     path = root / "annotations" / "instances_train2017.json"
@@ -218,9 +226,13 @@ def test_prediction_matches_evaluation_and_ignores_the_batch(digits: Path, tmp_p
     assert repr(scores[0]) == repr(scores[1])
 
 
+@pytest.mark.fault(22)
 @pytest.mark.slow
 def test_two_processes_train_together(digits: Path, tmp_path: Path) -> None:
-    """Under torchrun, one process writes, all train, and every image is scored once."""
+    """Fault 22: collectives that only the main process enters, and unused parameters.
+
+    Expected: under torchrun one process writes, all train, every image is scored once, none waits.
+    """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
         *(

@@ -74,8 +74,12 @@ def test_grey_is_the_same_in_three_channels(predictor: Predictor) -> None:
     assert_same(predictor.predict(Image.fromarray(grey)), expected)
 
 
+@pytest.mark.fault(13)
 def test_exif_rotation_is_obeyed_as_a_viewer_does(predictor: Predictor, tmp_path: Path) -> None:
-    """A photograph stored on its side is detected in upright, and its boxes are of the upright."""
+    """Fault 13: EXIF rotation of an image that is predicted on.
+
+    Expected: the boxes are those of the image as a viewer shows it.
+    """
     stored = Image.fromarray(picture(50, 80))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90° clockwise
@@ -90,7 +94,12 @@ def test_exif_rotation_is_obeyed_as_a_viewer_does(predictor: Predictor, tmp_path
     assert picture_of_it.size == (50, 80)
 
 
+@pytest.mark.fault(25)
 def test_a_list_keeps_its_order_and_ignores_its_batches(predictor: Predictor) -> None:
+    """Fault 25: the detections of an image depend on its batch.
+
+    Expected: they do not, and a list keeps its order.
+    """
     shapes = ((50, 70), (96, 40), (50, 71), (64, 64), (33, 90), (96, 40), (50, 70))
     images = [picture(*shape, seed) for seed, shape in enumerate(shapes)]
     alone = [predictor.predict(image) for image in images]

@@ -72,10 +72,6 @@ def write_run(folder: Path, data: Path, predictor: Predictor) -> Path:
     return folder
 
 
-def predictor_of(source: Predictor) -> Predictor:
-    return Predictor(source.detector, source.recipe, CATEGORIES)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "coco")
@@ -84,7 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "mine"
-    return write_run(folder, data, predictor_of(small_predictor()))
+    return write_run(folder, data, small_predictor(categories=CATEGORIES))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +172,7 @@ def test_a_film_has_a_frame_for_the_start_and_for_each_refinement(page: Path) ->
 
 
 def test_a_decoder_that_solves_nothing_has_a_page_too(data: Path, tmp_path: Path) -> None:
-    plain = predictor_of(small_predictor(StackedConfig(layers=2)))
+    plain = small_predictor(StackedConfig(layers=2), categories=CATEGORIES)
     path = write_report(write_run(tmp_path / "plain", data, plain))
     text = path.read_text(encoding="utf-8")
     assert "Relative residual" not in text and "COCO box metrics" in text

@@ -91,12 +91,16 @@ def test_a_run_goes_on_at_exactly_the_next_batch(
     assert [name for name in found if not any(word in name for word in stored)] == []
 
 
+@pytest.mark.fault(21)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_with_the_same_bits(
     whole: Path, digits: Path, tmp_path: Path, kind: str
 ) -> None:
-    """SIGKILL at a random moment, in the midst of a file, or between two files."""
+    """Fault 21: killed at a random moment, in the midst of a save, or between two files.
+
+    Expected: resumed, it ends with the same bits as a run that was not killed.
+    """
     chance = random.Random(kind)
     folder, seconds = tmp_path / "run", 3.0
     first = moment(kind, 2, seconds, chance)

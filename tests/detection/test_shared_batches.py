@@ -242,10 +242,14 @@ def two(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.fault(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deq", "stacked", "recurrent"])
 def test_two_processes_have_the_gradients_of_one(two: Path, kind: str) -> None:
-    """Faults: one rank's batch without objects, unused parameters: every parameter has its own."""
+    """Fault 6: one process's batch has no objects, another's has.
+
+    Expected: the gradients of one process with the whole batch.
+    """
     (one, (objects,)), (both, counts) = (torch.load(two / f"{kind}-{n}.pt") for n in (1, 2))
     assert 0 in counts and sum(counts) == objects > 0
     assert largest_difference(one, both) < TOLERANCE

@@ -130,10 +130,14 @@ def overflowing(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscaling)
 
 
+@pytest.mark.fault(20)
 def test_a_step_that_overflows_float16_is_left_out_and_told(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault: fp16 overflow.  The weights and their average stay, the loss scale is halved."""
+    """Fault 20: a step overflows float16.
+
+    Expected: weights and average stay, the loss scale is halved, and it is told.
+    """
     overflowing(monkeypatch, range(1, 2))
     moved: list[bool] = []
     original = Step.__call__
@@ -153,10 +157,14 @@ def test_a_step_that_overflows_float16_is_left_out_and_told(
     assert [row["loss_scale"] for row in rows] == [1024, 1024, 512, 512]
 
 
+@pytest.mark.fault(20)
 def test_float16_that_overflows_again_and_again_stops(
     batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault: fp16 overflow that does not end."""
+    """Fault 20: float16 overflows again and again.
+
+    Expected: training stops and names the precisions that would do.
+    """
     overflowing(monkeypatch, range(10_000))
     monkeypatch.setattr(step_module, "MOST_OVERFLOWS", 2)
     step = one(changed(precision="float16"))
@@ -178,8 +186,12 @@ def test_a_float16_run_is_resumed_with_its_loss_scale(
     assert again(batch) == step(batch)
 
 
+@pytest.mark.fault(18)
 def test_a_cost_that_is_not_finite_names_step_images_and_residuals(batch: Batch) -> None:
-    """Fault: non-finite cost: training stops before the weights are touched."""
+    """Fault 18: a matching cost that is not finite.
+
+    Expected: training stops before the weights are touched, naming images and residuals.
+    """
     step = one(changed())
     bad = Batch(batch.images.float(), batch.sizes, batch.targets)
     bad.images[2, :, 5, 5] = math.nan
@@ -195,10 +207,14 @@ def test_a_cost_that_is_not_finite_names_step_images_and_residuals(batch: Batch)
     assert all(map(torch.equal, before, step.detector.parameters()))
 
 
+@pytest.mark.fault(18)
 def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault: non-finite gradient in float32."""
+    """Fault 18: a gradient that is not finite in float32.
+
+    Expected: training stops with image ids and residuals, and goes on from the last checkpoint.
+    """
     clip, count = step_module.clip_gradients, iter(range(9))
     monkeypatch.setattr(
         step_module, "clip_gradients", lambda *a: clip(*a) * (math.nan if next(count) == 2 else 1)
@@ -351,9 +367,13 @@ next(iter(make_loader(train_set, 2, training=True, workers=1, seed=0)))
 """
 
 
+@pytest.mark.fault(23)
 @pytest.mark.slow
 def test_workers_without_a_main_guard_end_in_a_sentence(digits: Path, tmp_path: Path) -> None:
-    """Fault: a script without ``if __name__ == "__main__"`` whose workers are spawned."""
+    """Fault 23: workers are spawned by a script without ``if __name__ == "__main__"``.
+
+    Expected: it ends, and the last line says what the script lacks.
+    """
     script = tmp_path / "script.py"
     script.write_text(UNGUARDED.format(root=str(digits)))
     done = subprocess.run(
