@@ -68,7 +68,10 @@ class Distributed:
         return self.gather_objects(item if self.is_main else None)[0]
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """What a call gives on the main process, on every process; its error is raised on all."""
+        """What a call gives on the main process, on every process; its error is raised on all.
+
+        Where it is not the main process that raises it, the error has ``of_main``.
+        """
         if self.world_size == 1:
             return call()
         found: T | None = None
@@ -80,6 +83,7 @@ class Distributed:
                 failure = error
         found, failure = self.from_main((found, failure))
         if failure is not None:
+            failure.__dict__["of_main"] = not self.is_main
             raise failure
         return cast(T, found)
 

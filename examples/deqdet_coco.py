@@ -29,7 +29,7 @@ from rich.console import Console
 from detection.commands.base import Command
 from detection.commands.console import FAILED, told
 from detection.commands.evaluate import Evaluate
-from detection.commands.options import read, value_of
+from detection.commands.options import read
 from detection.commands.predict import Predict
 from detection.commands.running import execute
 from detection.commands.train import Train
@@ -89,8 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the example; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        with told():
-            default = Options.of_recipe(value_of("--recipe", given))
+        with told(by_all=True):
+            default = Options.begun(given)
             description = f"{__doc__}\nRecipes: {', '.join(recipe_names())}"
             options = read(
                 Options, given, prog=Path(__file__).name, default=default, description=description

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -45,11 +46,15 @@ def output() -> Console:
 
 
 @contextmanager
-def told(interrupted: str = "Interrupted.") -> Iterator[None]:
+def told(interrupted: str = "Interrupted.", *, by_all: bool = False) -> Iterator[None]:
     """Turn errors that a person can mend into a sentence on standard error, and a status.
+
+    Of several processes (``torchrun``) the main one says what happens to all; what happens to
+    another one alone is said by that, with its number.
 
     Args:
         interrupted: what to say after Ctrl-C.
+        by_all: all processes do the same, without each other.
 
     Raises:
         Stopped: with status 2 after an error, 130 after Ctrl-C.
@@ -68,15 +73,24 @@ def told(interrupted: str = "Interrupted.") -> Iterator[None]:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             yield
     except PROBLEMS as error:
-        say(f"error: {error}", "red")
+        if is_main():
+            say(f"error: {error}", "red")
+        elif not by_all and not getattr(error, "of_main", False):
+            say(f"error in process {os.environ['RANK']}: {error}", "red")
         raise Stopped(FAILED) from error
     except KeyboardInterrupt:
-        say(interrupted)
+        if is_main():
+            say(interrupted)
         raise Stopped(INTERRUPTED) from None
     except BrokenPipeError:  # the reader of a pipe has left
         with suppress(OSError):
             sys.stdout.close()
         raise Stopped(FAILED) from None
+
+
+def is_main() -> bool:
+    """Whether this is the main process, or the only one; known before the processes have met."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, style: str = "") -> None:
@@ -86,6 +100,8 @@ def say(text: str, style: str = "") -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Warnings about data are for the reader; where the code stands that gives them is not."""
+    if not is_main():
+        return
     if issubclass(category, DataWarning):
         say(f"warning: {message}", "yellow")
     else:

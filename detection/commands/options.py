@@ -7,6 +7,7 @@ from typing import TypeVar, cast, get_args
 
 import tyro
 
+from detection.commands.console import is_main
 from detection.configuration import read_choice
 from detection.models.config import Gradient, Solver
 
@@ -41,6 +42,7 @@ def read(
             default=default,
             description=description,
             config=(tyro.conf.AvoidSubcommands,),
+            console_outputs=is_main(),
         )
     return cast(T, found)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from detection.commands.base import Command
 from detection.commands.console import FAILED, Stopped, output, told
-from detection.commands.options import read, value_of
+from detection.commands.options import read
 from detection.distributed import init_from_environment
 
 
@@ -28,8 +28,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     module = import_module(f"detection.commands.{name.replace('-', '_')}")
     kind = getattr(module, "".join(word.capitalize() for word in name.split("-")))
     try:
-        with told():
-            default = kind.of_recipe(value_of("--recipe", arguments)) if name == "train" else None
+        with told(by_all=True):
+            default = kind.begun(arguments)
             command = read(kind, arguments, prog=f"deqdet {name}", default=default)
     except SystemExit as stop:  # after help, or after a refusal
         return stop.code if isinstance(stop.code, int) else FAILED
@@ -39,10 +39,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
 def execute(command: Command, console: Console) -> int:
     """Check a command's options, join the processes, do the work; returns the exit status."""
     try:
-        with told(command.interrupted):
+        with told(by_all=True):
             command.check()
-            with init_from_environment(command.device) as distributed:
-                command.run(distributed, console)
+        with told(command.interrupted), init_from_environment(command.device) as distributed:
+            command.run(distributed, console)
     except Stopped as stopped:
         return int(stopped.code or 0)
     return 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -13,7 +15,8 @@ from rich.console import Console
 from detection.commands.base import Command
 from detection.commands.data import Digits, data_folder
 from detection.commands.folders import new_folder, require_unused
-from detection.configuration import to_json
+from detection.commands.options import value_of
+from detection.configuration import ConfigurationError, from_json, to_json
 from detection.data import (
     CocoDataset,
     DataError,
@@ -28,8 +31,12 @@ from detection.models.detector import Detector
 from detection.pictures import draw_run, draw_validation
 from detection.recipes import recipe
 from detection.training.loop import OnEvaluation, train
+from detection.training.provenance import read_provenance
 from detection.training.recipe import Recipe
 from detection.training.tracking import TensorBoard, Tracker, WeightsAndBiases
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,11 @@ class Train(Command):
     """Train a detector on a folder of labelled images (COCO, YOLO or Pascal VOC).
 
     The run lies in one folder: checkpoints, log, pictures.  Killed at any moment, it goes on with
-    --resume.  Every setting of the recipe is an option too; they are listed last.
+    --resume --output FOLDER.  Every setting of the recipe is an option too; they are listed last.
 
     Args:
-        data: folder of the data set; by default the embedded digits are composed.
-        recipe: the settings to begin from; `deqdet recipes` lists them.
+        data: folder of the data set; by default that of a resumed run, or the embedded digits.
+        recipe: the settings to begin from; `deqdet recipes` lists them.  A resumed run has its own.
         output: folder of the run; by default a new one below runs/.
         resume: go on from the last checkpoint of --output.
         begin_from: begin from the weights of this checkpoint, those of classes by their names.
@@ -67,19 +74,29 @@ class Train(Command):
         default_factory=lambda: recipe("deqdet_digits")
     )
 
-    interrupted = (
-        "Interrupted. The run goes on from its last checkpoint with --resume and the same --output."
-    )
-
     @classmethod
-    def of_recipe(cls, name: str | None) -> Train:
-        """The options to begin from where a recipe is named, which decides its settings.
+    def begun(cls, arguments: Sequence[str]) -> Self:
+        """The options to begin from, before the others are read.
+
+        Settings are those of the recipe that is named, or of the run that is to go on.
 
         Raises:
-            ValueError: if there is none, with the nearest name.
+            ValueError: if there is no such recipe, with the nearest name, or the run's
+                configuration is damaged.
         """
+        name, output = value_of("--recipe", arguments), value_of("--output", arguments)
+        if "--resume" in arguments and name is None and output is not None:
+            settings = _settings_of(Path(output))
+            if settings is not None:
+                return cls(recipe=settings.name, settings=settings)
         name = cls.recipe if name is None else name
         return cls(recipe=name, settings=recipe(name))
+
+    @property
+    def interrupted(self) -> str:
+        """What is said after Ctrl-C."""
+        folder = self.output or "the run's folder"
+        return f"Interrupted. The run goes on from its last checkpoint: --resume --output {folder}"
 
     def check(self) -> None:
         if self.resume and self.output is None:
@@ -95,7 +112,7 @@ class Train(Command):
 
     def run(self, distributed: Distributed, console: Console) -> None:
         started, settings = time.monotonic(), self.settings
-        root = data_folder(self.data, self.digits, distributed, console)
+        root = self._recorded_data() or data_folder(self.data, self.digits, distributed, console)
         distributed.on_main(lambda: _check_data(root, settings.model.num_queries, console))
         train_set, val_set = load_folder(
             root,
@@ -105,6 +122,8 @@ class Train(Command):
         )
         folder = self.output or new_folder(self.recipe, distributed)
         settings = settings.for_classes(len(train_set.categories))
+        if distributed.is_main:
+            console.print(f"The run: {folder}. Interrupted, it goes on: --resume --output {folder}")
         trained = train(
             settings,
             train_set,
@@ -128,6 +147,13 @@ class Train(Command):
         for path in sorted(folder.iterdir()):
             console.print(f"  {path.name}")
 
+    def _recorded_data(self) -> Path | None:
+        """Where the data of a run to go on with lay, unless other data is named."""
+        if not self.resume or self.output is None or self.data or self.digits != Digits():
+            return None
+        recorded = read_provenance(self.output / "run.json").get("data")
+        return None if recorded is None else Path(str(recorded))
+
     def _trackers(self, folder: Path, settings: Recipe) -> list[Tracker]:
         trackers: list[Tracker] = []
         if self.tensorboard:
@@ -144,6 +170,21 @@ class Train(Command):
             draw_validation(model, val_set, path, self.threshold)
 
         return draw
+
+
+def _settings_of(folder: Path) -> Recipe | None:
+    """The recipe of the run in a folder; `None` where none has been begun."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        found: Recipe = from_json(Recipe, json.loads(path.read_text(encoding="utf-8")))
+    except (ConfigurationError, ValueError) as error:
+        raise ValueError(
+            f"{path}: this is no recipe ({error}). Name the one that the run was begun with: "
+            "--recipe, and what was changed."
+        ) from None
+    return found
 
 
 def _check_data(root: Path, queries: int, console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from detection.predictor import load
 from detection.report.analysis import analyse
 from detection.report.page import render
 from detection.training.progress import read_json_lines
+from detection.training.provenance import read_provenance
 
 
 def write_report(
@@ -63,7 +63,7 @@ def write_report(
     console = console or Console(quiet=True)
     model = load(folder, device=device)
     log = _log(folder)
-    about = _about(folder)
+    about = read_provenance(folder / "run.json")
     root = Path(data) if data is not None else _recorded(folder, about)
     dataset = load_split(
         root, "val", eval_transform(model.recipe.augmentation), categories=model.categories
@@ -89,17 +89,6 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file. Give the folder of a run, with its log.")
     return read_json_lines(path)
-
-
-def _about(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` says; nothing where it is missing."""
-    path = folder / "run.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: this is no JSON object. Remove it, or restore it.") from None
 
 
 def _recorded(folder: Path, about: dict[str, Any]) -> Path:

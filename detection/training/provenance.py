@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 import implicit
+from detection.data.errors import DataError
 from detection.distributed import Distributed
 from detection.files import replacing
 
@@ -50,6 +51,20 @@ def write_provenance(path: Path, distributed: Distributed, about: Mapping[str, A
         begun = now
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(begun, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What `write_provenance` has written; nothing where there is no such file.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise DataError(f"{path}: this is no JSON object. Remove it, or restore it.") from None
 
 
 def _device(device: torch.device) -> str:

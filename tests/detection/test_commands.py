@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from detection.data import compose_digits
 from detection.data.video import VideoWriter, read_frames
 from detection.distributed import Distributed
 
+ROOT = Path(__file__).parents[2]
 QUICK = [
     *("--optimization.epochs", "1", "--optimization.batch-size", "8"),
     *("--optimization.warmup-steps", "2", "--augmentation.short-sides", "64"),
@@ -71,6 +75,50 @@ def test_three_commands_make_a_detector(
     capsys.readouterr()
     assert main(command) == 2  # what is there is left as it is
     assert "not an empty folder" in told(capsys)
+
+
+def test_a_run_goes_on_with_its_own_recipe_and_data(
+    own: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--resume --output is enough; what else is named must be what it was."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = (folder / "log.jsonl").read_text()
+    assert main(["train", "--resume", "--output", str(folder)]) == 0
+    assert f"{own.name} (COCO)" in told(capsys)
+    assert (folder / "log.jsonl").read_text() == before
+    assert "resumed" in json.loads((folder / "run.json").read_text())
+    assert main(["train", "--resume", "--output", str(folder), "--seed", "1"]) == 2
+    assert "was trained with another configuration" in told(capsys)
+    (folder / "config.json").write_text('{"name": 3}')
+    assert main(["train", "--resume", "--output", str(folder)]) == 2
+    assert "config.json: this is no recipe" in told(capsys)
+
+
+@pytest.mark.slow
+def test_processes_tell_an_error_once(own: Path, tmp_path: Path) -> None:
+    """What is wrong with options or data is said by one of the processes, and all end."""
+    broken = tmp_path / "broken"
+    shutil.copytree(own, broken)
+    shutil.rmtree(broken / "train2017")
+    for arguments, words in (
+        (["--data", str(broken), *QUICK], "train2017"),
+        (["--sead", "3"], "--seed"),
+    ):
+        run = ["--nproc_per_node=2", "--standalone", "-m", "detection", "train", *arguments]
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *run],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        said = done.stderr.split("torch.distributed.elastic")[0]
+        assert done.returncode != 0
+        assert said.count(words) == 1, said
+        assert said.count("Traceback") <= 1  # that of torchrun itself
 
 
 @pytest.mark.fault(25)
