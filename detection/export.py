@@ -8,6 +8,7 @@ runtime has, whatever reads them fastest in Python.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -341,7 +342,7 @@ class _Parts:
         """Append a module; called ``times`` times, it is given its own outputs again."""
         from onnx import helper
 
-        with _plain_attention():
+        with _plain_attention(), _without_notes_of_the_optimizer():
             written = torch.onnx.export(
                 _traced(module, example),
                 dynamo=True,
@@ -432,6 +433,18 @@ def _plain_attention() -> Iterator[None]:
     """Attention as matrix products: the memory layouts of the other kinds are not ONNX's."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+@contextmanager
+def _without_notes_of_the_optimizer() -> Iterator[None]:
+    """It tells of every normalisation that it leaves as it is, which says nothing to a user."""
+    logger = logging.getLogger("onnxscript.optimizer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _checked(path: Path | str, ending: str) -> Path:

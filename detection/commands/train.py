@@ -101,6 +101,10 @@ class Train(Command):
     def check(self) -> None:
         if self.resume and self.output is None:
             raise ValueError("--resume needs --output: the folder of the run to go on with.")
+        if self.resume and self.output is not None and not (self.output / "checkpoints").is_dir():
+            raise ValueError(
+                f"--resume --output {self.output}: no run lies there. Leave --resume out to begin one."
+            )
         if self.resume and self.begin_from is not None:
             raise ValueError("--resume and --from exclude each other: a resumed run has weights.")
         if self.data is not None and self.digits != Digits():

@@ -90,6 +90,8 @@ def test_a_run_goes_on_with_its_own_recipe_and_data(
     assert "resumed" in json.loads((folder / "run.json").read_text())
     assert main(["train", "--resume", "--output", str(folder), "--seed", "1"]) == 2
     assert "was trained with another configuration" in told(capsys)
+    assert main(["train", "--resume", "--output", str(tmp_path / "nowhere")]) == 2
+    assert "no run lies there" in told(capsys)
     (folder / "config.json").write_text('{"name": 3}')
     assert main(["train", "--resume", "--output", str(folder)]) == 2
     assert "config.json: this is no recipe" in told(capsys)
