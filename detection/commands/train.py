@@ -101,16 +101,17 @@ class Train(Command):
     def check(self) -> None:
         if self.resume and self.output is None:
             raise ValueError("--resume needs --output: the folder of the run to go on with.")
-        if self.resume and self.output is not None and not (self.output / "checkpoints").is_dir():
-            raise ValueError(
-                f"--resume --output {self.output}: no run lies there. Leave --resume out to begin one."
-            )
         if self.resume and self.begin_from is not None:
             raise ValueError("--resume and --from exclude each other: a resumed run has weights.")
         if self.data is not None and self.digits != Digits():
             raise ValueError("--data and --digits exclude each other: the digits are not used.")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold {self.threshold}: must lie in [0, 1].")
+        if self.resume and self.output and not (self.output / "checkpoints").is_dir():
+            raise ValueError(
+                f"--output {self.output}: no run lies there to go on with. Leave --resume out to "
+                "begin one."
+            )
         if self.output is not None and not self.resume:
             require_unused(self.output)
 

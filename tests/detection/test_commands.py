@@ -91,7 +91,7 @@ def test_a_run_goes_on_with_its_own_recipe_and_data(
     assert main(["train", "--resume", "--output", str(folder), "--seed", "1"]) == 2
     assert "was trained with another configuration" in told(capsys)
     assert main(["train", "--resume", "--output", str(tmp_path / "nowhere")]) == 2
-    assert "no run lies there" in told(capsys)
+    assert "no run lies there to go on with" in told(capsys)
     (folder / "config.json").write_text('{"name": 3}')
     assert main(["train", "--resume", "--output", str(folder)]) == 2
     assert "config.json: this is no recipe" in told(capsys)
