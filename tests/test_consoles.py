@@ -87,7 +87,12 @@ def take(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("page", "words"), EVERY, ids=[f"{page.name}-{n}" for n, (page, _) in enumerate(EVERY)]
 )
-def test_a_command_that_is_shown_is_taken(page: Path, words: list[str]) -> None:
+def test_a_command_that_is_shown_is_taken(
+    page: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--resume" in words:  # there must be a run to go on with
+        Path(words[words.index("--output") + 1], "checkpoints").mkdir(parents=True)
     try:
         take(words)
     except SystemExit as stop:
