@@ -247,10 +247,11 @@ class Auto(AdjointGradient):
         # would be known of the singular values.  What it means for the error is judged below.
         now = torch.where(nearer.squeeze(1), length, size)
         allowed = torch.where(hard, 0.5 * torch.minimum(self.rtol * size, now), torch.inf)
-        dimensions, used = self.krylov, torch.zeros_like(products)
+        # One product was for the residual of the sum.
+        dimensions, used = self.krylov, hard.to(products.dtype)
         while True:
             found = gmres(lambda d: d - product(d), residual, allowed, dimensions)
-            used = used + found.products + hard
+            used = used + found.products
             solved = torch.where(hard.unsqueeze(1), start + found.x, summed)
             length = torch.linalg.vector_norm(solved, dim=1)
             estimate = found.residual / found.smallest

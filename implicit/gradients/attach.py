@@ -221,6 +221,9 @@ class _Closed(TorchFunctionMode):
 
 
 def _product(image: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """``(∂image/∂y)ᵀ w``; zero where there is no dependence."""
+    if not image.requires_grad:
+        return torch.zeros_like(w)
     (product,) = torch.autograd.grad(image, y, w, retain_graph=True, allow_unused=True)
     return torch.zeros_like(w) if product is None else product
 

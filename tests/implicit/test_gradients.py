@@ -1001,6 +1001,112 @@ def test_auto_asks_for_a_smaller_residual_where_the_error_is_not_small() -> None
         assert float((w - exact).norm() / exact.norm()) <= rtol
 
 
+class Counted(torch.autograd.Function):
+    """The identity, which counts how often it is differentiated."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        Counted.calls += 1
+        return g
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slow", "others", "rtol", "most"),
+    [
+        (torch.float64, 0.99, 60, 1e-6, 80),
+        (torch.float64, 0.9999, 60, 1e-6, 100),
+        (torch.float64, 0.9999, 60, 1e-9, 130),
+        (torch.float32, 0.99, 200, 1e-3, 60),
+        (torch.float32, 0.99, 200, 1e-7, 60),
+        (torch.float32, 0.999, 200, 1e-6, 60),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::implicit.ConvergenceWarning")
+def test_auto_tells_as_many_products_as_it_takes_and_takes_few(
+    dtype: torch.dtype, slow: float, others: int, rtol: float, most: int
+) -> None:
+    """Three terms, the residual of their sum, and GMRES: once, and once more where it must.
+
+    A slow direction makes the first error larger than its residual.  The second pass then asks for
+    as much less as that was too large; where rounding would leave no less, there is none.
+    """
+    rates = torch.tensor([0.9 * math.cos(k + 0.5) for k in range(others)] + [slow], dtype=dtype)
+    x = torch.zeros(1, others + 1, dtype=dtype, requires_grad=True)
+    gradient = implicit.Auto(rtol=rtol, terms=3, krylov=2 * others)
+    solution = fixed_point(
+        lambda y: Counted.apply(y) * rates + x, x.detach(), stop=Steps(1), gradient=gradient
+    )
+    Counted.calls = 0
+    v = torch.ones_like(x)
+    (w,) = torch.autograd.grad(solution.value, x, v)
+    (figures,) = solution.adjoints
+    assert Counted.calls == int(figures.products) <= most
+    exact = v / (1 - rates)
+    reachable = 10 * torch.finfo(dtype).eps / (1 - slow)
+    assert float((w - exact).norm() / exact.norm()) <= max(rtol, reachable)
+
+
+def test_the_rounding_of_a_map_that_is_called_by_itself_is_taken_to_be_none() -> None:
+    """`Gradient.attach` with a plain function: the tolerance is met, and not loosened."""
+    matrix = contraction(6, 0.95, seed=4)
+    x = random(2, 6, seed=5).requires_grad_()
+    value = torch.linalg.solve(torch.eye(6, dtype=torch.float64) - matrix, x.detach(), left=False)
+    attached = Implicit().attach(lambda y: y @ matrix + x, value)
+    v = random(2, 6, seed=6)
+    (found,) = torch.autograd.grad(attached, x, v)
+    exact = torch.linalg.solve(torch.eye(6, dtype=torch.float64) - matrix.T, v, left=False)
+    torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_a_branch_that_is_not_taken_again_has_no_gradient() -> None:
+    """A weight that the tracked application used and the later ones do not: it counts nothing.
+
+    ``f(y) = a y + x (+ b)``, with ``b`` while the solve lasts.  First and second derivatives by
+    ``a`` and ``x`` are those of ``x / (1 − a)``.
+    """
+    a, b, x = (
+        torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.5, 0.0, 3.0)
+    )
+    branch = True
+
+    def f(y: Tensor) -> Tensor:
+        return a * y + x + b if branch else a * y + x
+
+    tight = Tolerance(rtol=0.0, atol=1e-13, max_steps=100)
+    y0 = torch.zeros(1, 1, dtype=torch.float64)
+    value = fixed_point(f, y0, stop=tight, gradient=Implicit()).value.sum()
+    branch = False
+    by_a, by_b, by_x = torch.autograd.grad(
+        value, (a, b, x), create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    assert [g.item() for g in (by_a, by_b, by_x)] == pytest.approx([3 / 0.25, 0, 2], rel=1e-9)
+    twice = torch.autograd.grad(by_a, (a, b, x), allow_unused=True, materialize_grads=True)
+    expected = (2 * 3 / 0.125, 0.0, 1 / 0.25)
+    assert [g.item() for g in twice] == pytest.approx(expected, rel=1e-8)
+
+
+def test_second_derivatives_of_a_map_that_forgets_its_state() -> None:
+    """``f(y) = w² x``: the state is not in it, the weight is."""
+    w = random(3, seed=1).requires_grad_()
+    x = random(2, 3, seed=2).requires_grad_()
+
+    def solved(w: Tensor, x: Tensor) -> Tensor:
+        y0 = torch.zeros(2, 3, dtype=torch.float64)
+        value = fixed_point(lambda y: w.square() * x, y0, gradient=Implicit()).value
+        assert isinstance(value, Tensor)
+        return value.square()
+
+    assert torch.autograd.gradcheck(solved, (w, x))
+    assert torch.autograd.gradgradcheck(solved, (w, x))
+
+
 def test_auto_tells_what_it_could_not_reach() -> None:
     """Three eigenvalues in two dimensions, beside a sample with a series of one term."""
     gradient = implicit.Auto(rtol=1e-6, terms=2, krylov=2)
