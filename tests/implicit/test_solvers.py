@@ -813,6 +813,58 @@ def test_steps_taken_back_are_differentiated_as_they_were_taken(radius: float) -
     torch.testing.assert_close(found, slope.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [0.5, 10.0, 400.0])
+def test_pairs_that_are_handed_on_are_of_the_problem_whatever_was_damped(norm: float) -> None:
+    """On ``f(y) = A y + b`` the residual changes by ``(A − I) Δy`` along any difference of points."""
+    a = torch.diag(torch.tensor([-norm, 0.5, 0.2, -0.3], dtype=torch.float64))
+    a = a + 0.05 * random(4, 4, seed=3)
+    b, y0 = random(2, 4, seed=4), torch.zeros(2, 4, dtype=torch.float64)
+    memory = fixed_point(
+        lambda y: y @ a.T + b, y0, solver=Broyden(memory=3), stop=Steps(4), keep_memory=True
+    ).memory
+    expected = memory.others @ (a - torch.eye(4, dtype=torch.float64)).T
+    assert float(memory.others.abs().max()) > 0
+    torch.testing.assert_close(memory.residuals, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [Anderson, Broyden], ids=["Anderson", "Broyden"])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_pairs_of_another_number_are_refused(solver: Any, before: int, after: int) -> None:
+    y0 = torch.ones(2, 3, dtype=torch.float64)
+    memory = fixed_point(torch.cos, y0, solver=solver(memory=before), keep_memory=True).memory
+    with pytest.raises(ValueError, match=rf"kept \(2, {before}, 3\).*\(2, {after}, 3\)"):
+        fixed_point(torch.cos, y0, solver=solver(memory=after), memory=memory)
+
+
+def test_a_path_with_restarts_is_differentiated_as_it_was_taken() -> None:
+    """A turn that expands: two pairs are too few, residuals grow, and the history is forgotten."""
+    turn = 1.8 * torch.tensor([[0.6, -0.8, 0], [0.8, 0.6, 0], [0, 0, -0.9]], dtype=torch.float64)
+    x = random(3, 3, seed=8).requires_grad_()
+    traces: list[Any] = []
+
+    def path(x: Tensor) -> Tensor:
+        solution = fixed_point(
+            lambda y: y @ turn + x.sin(),
+            torch.zeros_like(x),
+            solver=Anderson(memory=2, restart=1.05),
+            stop=Steps(7),
+            gradient=implicit.BPTT(),
+            trace=True,
+        )
+        traces.append(solution.residual)
+        assert isinstance(solution.value, Tensor)
+        return solution.value
+
+    assert torch.autograd.gradcheck(path, x)
+    least = fixed_point(
+        lambda y: y @ turn + x.detach().sin(),
+        torch.zeros(3, 3, dtype=torch.float64),
+        solver=Anderson(memory=2, restart=1e9),
+        stop=Steps(7),
+    )
+    assert not torch.allclose(least.residual, traces[0]), "nothing has restarted"
+
+
 @pytest.mark.parametrize("of", [Anderson(), Broyden(), NewtonKrylov(), Naive()], ids=repr)
 @pytest.mark.parametrize("to", [Anderson(), Broyden(), NewtonKrylov(), Naive()], ids=repr)
 def test_memory_of_another_solver_is_refused(of: implicit.Solver, to: implicit.Solver) -> None:
