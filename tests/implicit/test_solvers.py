@@ -815,7 +815,7 @@ def test_steps_taken_back_are_differentiated_as_they_were_taken(radius: float) -
 
 @pytest.mark.parametrize("norm", [0.5, 10.0, 400.0])
 def test_pairs_that_are_handed_on_are_of_the_problem_whatever_was_damped(norm: float) -> None:
-    """On ``f(y) = A y + b`` the residual changes by ``(A − I) Δy`` along any difference of points."""
+    """On ``f(y) = A y + b`` the residual changes by ``(A − I) Δy`` along a difference of points."""
     a = torch.diag(torch.tensor([-norm, 0.5, 0.2, -0.3], dtype=torch.float64))
     a = a + 0.05 * random(4, 4, seed=3)
     b, y0 = random(2, 4, seed=4), torch.zeros(2, 4, dtype=torch.float64)
