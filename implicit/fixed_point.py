@@ -126,6 +126,8 @@ def fixed_point(
             finest=layout.eps if layout.narrows else 0.0,
         )
     value = outcome.value
+    if value is start:  # a fixed point from the start; who writes to the answer leaves y0 alone
+        value = value.clone()
     adjoints: list[Adjoint] = []
     if not gradient.tracks_path and (torch.is_grad_enabled() or is_pushing_forward()):
         value = value.detach()

@@ -428,3 +428,17 @@ def test_an_error_inside_f_is_left_as_it_is() -> None:
 def test_the_map_of_a_root_must_be_callable() -> None:
     with pytest.raises(TypeError, match="g must be callable, not 3"):
         implicit.root(3, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize(
+    "solver", [Naive(), Anderson(), Broyden(), implicit.NewtonKrylov()], ids=repr
+)
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_answer_is_not_the_start_itself(solver: implicit.Solver, tracked: bool) -> None:
+    """Also where ``y0`` is a fixed point: writing to the answer leaves ``y0`` as it was."""
+    y0 = torch.zeros(2, 3, dtype=torch.float64)
+    with torch.set_grad_enabled(tracked):
+        value = fixed_point(lambda y: 0.5 * y, y0, solver=solver).value
+    with torch.no_grad():
+        value.add_(1)
+    assert not y0.any()
