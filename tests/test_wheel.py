@@ -52,6 +52,8 @@ def test_is_small_and_holds_the_two_packages_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {"implicit/py.typed", "detection/py.typed"} <= set(names)
+    for page in (ROOT / "detection" / "report" / "templates").iterdir():
+        assert f"detection/report/templates/{page.name}" in names
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert packages == {"implicit", "detection"}
     for package in ("implicit", "detection"):
