@@ -41,6 +41,9 @@ _ROWS = (
 )
 """Name, IoU, area and number of detections of each figure; ``None``: as many as are counted."""
 
+METRICS = tuple(name for name, *_ in _ROWS)
+"""Names of the twelve figures."""
+
 
 @dataclass(frozen=True)
 class CocoScores:
@@ -85,13 +88,13 @@ class CocoScores:
         for name, iou, area, most in _ROWS:
             count = str(most or self.max_detections)
             bold = "bold" if name == "AP" else None
-            table.add_row(name, iou, area, count, _shown(getattr(self, name)), style=bold)
+            table.add_row(name, iou, area, count, score_text(getattr(self, name)), style=bold)
         return table
 
     def class_table(self) -> Table:
         """AP of every class as a table to print with rich; many classes stand side by side."""
         table = Table(title="AP by class", box=SIMPLE_HEAD, title_justify="left")
-        entries = [(name, _shown(value)) for name, value in self.per_class.items()]
+        entries = [(name, score_text(value)) for name, value in self.per_class.items()]
         height = max(10, math.ceil(len(entries) / 4))
         columns = [entries[i : i + height] for i in range(0, len(entries), height)]
         for _ in columns:
@@ -229,7 +232,8 @@ def _mean(values: np.ndarray[Any, Any]) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
-def _shown(value: float) -> str:
+def score_text(value: float) -> str:
+    """A figure as it is shown; a dash where there is nothing to score."""
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 

@@ -98,28 +98,46 @@ def true_boxes(target: Target, size: Tensor) -> tuple[Tensor, Tensor]:
         target: its boxes are in pixels of the transformed image.
         size: ``(2,)`` int (h, w) of that.
     """
+    return target.boxes * to_original(target, size), target.labels
+
+
+def to_original(target: Target, size: Tensor) -> Tensor:
+    """``(4,)`` factors from boxes of an image transformed to ``size (2,)`` to the original's."""
     height, width = target.original_size
     extent = torch.tensor([width, height, width, height])
-    return target.boxes * (extent / image_extent(size[None].cpu())), target.labels
+    return (extent / image_extent(size[None].cpu()))[0]
+
+
+@torch.inference_mode()
+def refinements(model: Detector, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Boxes ``(N, 4)``, scores and labels ``(N,)`` of the best class, after every layer call.
+
+    Args:
+        model: a detector.
+        batch: of one image, in whose pixels the boxes are.
+    """
+    batch = batch.to(next(model.parameters()).device)
+    found = []
+    for output in model.decoder.trajectory(*model.encode(batch.images, batch.sizes)):
+        scores, labels = output.logits[0].float().sigmoid().max(dim=-1)
+        found.append((output.boxes[0].cpu(), scores.cpu(), labels.cpu()))
+    return found
 
 
 def _first(dataset: CocoDataset) -> list[Batch]:
     return [collate([dataset[i]]) for i in range(min(SHOWN, len(dataset)))]
 
 
-@torch.inference_mode()
 def _film(model: Detector, batch: Batch, categories: Categories, path: Path) -> None:
     """Every query with its best class, after every refinement of the only image of a batch."""
     (height, width), image = batch.sizes[0].tolist(), batch.images[0]
-    batch = batch.to(next(model.parameters()).device)
-    outputs = list(model.decoder.trajectory(*model.encode(batch.images, batch.sizes)))
-    best = [output.logits[0].sigmoid().max(dim=-1) for output in outputs]
     image = image[:, :height, :width]
+    boxes, scores, labels = zip(*refinements(model, batch), strict=True)
     refinement_film(
         image,
-        [output.boxes[0].cpu() for output in outputs],
-        [scores.cpu() for scores, _ in best],
-        [labels.cpu() for _, labels in best],
+        boxes,
+        scores,
+        labels,
         categories,
         path,
         scale=enlargement(image),

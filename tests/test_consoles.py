@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +15,7 @@ import pytest
 
 from detection.cli import COMMANDS
 from detection.commands.options import read
+from detection.commands.running import command_named
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,8 +58,7 @@ def take(words: list[str]) -> None:
     match words:
         case ["deqdet", name, *arguments]:
             assert name in COMMANDS
-            module = import_module(f"detection.commands.{name.replace('-', '_')}")
-            kind = getattr(module, "".join(word.capitalize() for word in name.split("-")))
+            kind = command_named(name)
             read(kind, arguments, prog=name, default=kind.begun(arguments)).check()
         case ["python", "examples/deqdet_coco.py", *arguments]:
             options = example().Options

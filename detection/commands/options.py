@@ -47,6 +47,16 @@ def read(
     return cast(T, found)
 
 
+def check_threshold(threshold: float) -> None:
+    """Raise `ValueError` where ``--threshold`` is no score.
+
+    Example:
+        >>> check_threshold(0.3)
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold {threshold}: must lie in [0, 1].")
+
+
 def value_of(option: str, arguments: Sequence[str]) -> str | None:
     """The last value that an option has among the arguments, before they are read.
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from detection.commands.base import Command
 from detection.commands.console import FAULTY, Stopped, say
 from detection.commands.folders import new_folder, require_unused
+from detection.commands.options import check_threshold
 from detection.data.errors import DataError
 from detection.data.video import VideoWriter, frame_rate
 from detection.detections import Detections
@@ -56,8 +57,7 @@ class Predict(Command):
     device: str | None = None
 
     def check(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold {self.threshold}: must lie in [0, 1].")
+        check_threshold(self.threshold)
         if self.output is not None:
             require_unused(self.output)
 

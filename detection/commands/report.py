@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from detection.commands.base import Command
+from detection.commands.options import check_threshold
 from detection.distributed import Distributed
 from detection.report import write_report
 
@@ -32,8 +33,7 @@ class Report(Command):
     device: str | None = None
 
     def check(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold {self.threshold}: must lie in [0, 1].")
+        check_threshold(self.threshold)
 
     def run(self, distributed: Distributed, console: Console) -> None:
         if not distributed.is_main:

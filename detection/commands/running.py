@@ -17,7 +17,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """Run the command of a name; returns its exit status.
 
     Args:
-        name: as on the command line, ``"check-data"``; its module has a class of the same name.
+        name: as on the command line.
         arguments: its words.
 
     Example:
@@ -25,8 +25,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
         usage: deqdet recipes ...
         0
     """
-    module = import_module(f"detection.commands.{name.replace('-', '_')}")
-    kind = getattr(module, "".join(word.capitalize() for word in name.split("-")))
+    kind = command_named(name)
     try:
         with told(by_all=True):
             default = kind.begun(arguments)
@@ -34,6 +33,18 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except SystemExit as stop:  # after help, or after a refusal
         return stop.code if isinstance(stop.code, int) else FAILED
     return execute(command, output())
+
+
+def command_named(name: str) -> type[Command]:
+    """The class of a command; its module has the same name.
+
+    Example:
+        >>> command_named("check-data").__name__
+        'CheckData'
+    """
+    module = import_module(f"detection.commands.{name.replace('-', '_')}")
+    kind: type[Command] = getattr(module, "".join(word.capitalize() for word in name.split("-")))
+    return kind
 
 
 def execute(command: Command, console: Console) -> int:

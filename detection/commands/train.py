@@ -15,8 +15,8 @@ from rich.console import Console
 from detection.commands.base import Command
 from detection.commands.data import Digits, data_folder
 from detection.commands.folders import new_folder, require_unused
-from detection.commands.options import value_of
-from detection.configuration import ConfigurationError, from_json, to_json
+from detection.commands.options import check_threshold, value_of
+from detection.configuration import from_json, to_json
 from detection.data import (
     CocoDataset,
     DataError,
@@ -31,7 +31,7 @@ from detection.models.detector import Detector
 from detection.pictures import draw_run, draw_validation
 from detection.recipes import recipe
 from detection.training.loop import OnEvaluation, train
-from detection.training.provenance import read_provenance
+from detection.training.provenance import read_provenance, recorded_data
 from detection.training.recipe import Recipe
 from detection.training.tracking import TensorBoard, Tracker, WeightsAndBiases
 
@@ -105,8 +105,7 @@ class Train(Command):
             raise ValueError("--resume and --from exclude each other: a resumed run has weights.")
         if self.data is not None and self.digits != Digits():
             raise ValueError("--data and --digits exclude each other: the digits are not used.")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold {self.threshold}: must lie in [0, 1].")
+        check_threshold(self.threshold)
         if self.resume and self.output and not (self.output / "checkpoints").is_dir():
             raise ValueError(
                 f"--output {self.output}: no run lies there to go on with. Leave --resume out to "
@@ -156,8 +155,7 @@ class Train(Command):
         """Where the data of a run to go on with lay, unless other data is named."""
         if not self.resume or self.output is None or self.data or self.digits != Digits():
             return None
-        recorded = read_provenance(self.output / "run.json").get("data")
-        return None if recorded is None else Path(str(recorded))
+        return recorded_data(read_provenance(self.output / "run.json"))
 
     def _trackers(self, folder: Path, settings: Recipe) -> list[Tracker]:
         trackers: list[Tracker] = []
@@ -184,7 +182,7 @@ def _settings_of(folder: Path) -> Recipe | None:
         return None
     try:
         found: Recipe = from_json(Recipe, json.loads(path.read_text(encoding="utf-8")))
-    except (ConfigurationError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path}: this is no recipe ({error}). Name the one that the run was begun with: "
             "--recipe, and what was changed."

@@ -11,9 +11,9 @@ from torch import Tensor
 from detection.data.coco import CocoDataset
 from detection.data.images import read_image
 from detection.data.loading import collate
-from detection.drawing import class_colour
+from detection.drawing import as_picture, class_colour
 from detection.models.detector import Detector
-from detection.training.matching import image_extent
+from detection.pictures import refinements, to_original
 
 FAINTEST = 0.05
 """Queries below this score are not shown."""
@@ -44,28 +44,20 @@ class Film:
     name: str
     image_id: int
     picture: Image.Image
-    size: tuple[int, int]
     steps: list[list[Box]]
 
 
-@torch.inference_mode()
 def film(model: Detector, dataset: CocoDataset, place: int) -> Film:
     """The refinement of the image at ``place`` of a data set."""
     pixels, target = dataset[place]
-    batch = collate([(pixels, target)]).to(next(model.parameters()).device)
-    height, width = target.original_size
-    extent = torch.tensor([width, height, width, height])
-    scale = extent / image_extent(batch.sizes.cpu())
-    names = dataset.categories.names
-    steps = []
-    for output in model.decoder.trajectory(*model.encode(batch.images, batch.sizes)):
-        scores, labels = output.logits[0].float().sigmoid().max(dim=-1)
-        boxes = (output.boxes[0].cpu() * scale).clamp(torch.zeros(4), extent)
-        steps.append(_shown(boxes, scores.cpu(), labels.cpu(), names))
-    picture = Image.fromarray(
-        read_image(dataset.path(place), target.original_size).permute(1, 2, 0).numpy()
-    )
-    return Film(dataset.names[place], target.image_id, picture, (width, height), steps)
+    batch = collate([(pixels, target)])
+    picture = as_picture(read_image(dataset.path(place), target.original_size), 1)
+    scale, end = to_original(target, batch.sizes[0]), torch.tensor(picture.size * 2)
+    steps = [
+        _shown((boxes * scale).clamp(torch.zeros(4), end), scores, labels, dataset.categories.names)
+        for boxes, scores, labels in refinements(model, batch)
+    ]
+    return Film(dataset.names[place], target.image_id, picture, steps)
 
 
 def _shown(boxes: Tensor, scores: Tensor, labels: Tensor, names: tuple[str, ...]) -> list[Box]:

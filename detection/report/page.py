@@ -15,7 +15,7 @@ from PIL import Image as Pictures
 
 from detection.configuration import to_json
 from detection.data.coco import CocoDataset
-from detection.evaluation import CocoScores
+from detection.evaluation import METRICS, CocoScores, score_text
 from detection.pictures import draw_image
 from detection.predictor import Predictor
 from detection.report.analysis import PICTURES, Analysis, Image
@@ -57,7 +57,6 @@ def render(
         return [_picture(dataset, image, threshold) for image in images]
 
     return pages.get_template("report.html").render(
-        about=about,
         chart=training_chart(log, analysis.residuals),
         classes=_classes(analysis.scores),
         confusion=_confusion(analysis, dataset.categories.names),
@@ -115,15 +114,14 @@ def _refinements(analysis: Analysis) -> str:
 
 def _figures(scores: CocoScores) -> list[tuple[str, str]]:
     """COCO's twelve, by name; a dash where there is nothing of that size."""
-    names = [name for name in CocoScores.__dataclass_fields__ if name.startswith("A")]
-    return [(name.replace("_", " "), _number(getattr(scores, name))) for name in names]
+    return [(name.replace("_", " "), score_text(getattr(scores, name))) for name in METRICS]
 
 
 def _classes(scores: CocoScores) -> list[tuple[str, float, str]]:
     """Name, AP and how to write it, the best first; classes without objects come last."""
     known = [(name, 0.0 if math.isnan(ap) else ap, ap) for name, ap in scores.per_class.items()]
     known.sort(key=lambda entry: (math.isnan(entry[2]), -entry[1]))
-    return [(name, width, _number(ap)) for name, width, ap in known]
+    return [(name, width, score_text(ap)) for name, width, ap in known]
 
 
 def _confusion(analysis: Analysis, names: Sequence[str]) -> dict[str, Any]:
@@ -185,7 +183,3 @@ def _data_address(picture: Pictures.Image) -> str:
 def _share(count: int, whole: int) -> str:
     """Between 0 and 1; small shares can be seen too."""
     return f"{(count / whole) ** 0.5:.3f}"
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"

@@ -16,7 +16,7 @@ from detection.predictor import load
 from detection.report.analysis import analyse
 from detection.report.page import render
 from detection.training.progress import read_json_lines
-from detection.training.provenance import read_provenance
+from detection.training.provenance import read_provenance, recorded_data
 
 
 def write_report(
@@ -92,10 +92,10 @@ def _log(folder: Path) -> list[dict[str, Any]]:
 
 
 def _recorded(folder: Path, about: dict[str, Any]) -> Path:
-    """Where the data lay when the run was begun."""
-    if "data" not in about:
+    """Where the data lay when the run was begun, and lies still."""
+    root = recorded_data(about)
+    if root is None:
         raise DataError(f"{folder}: the run does not say where its data lies. Name the folder.")
-    root = Path(str(about["data"]))
     if not root.is_dir():
         raise DataError(f"{root}: the data of the run is no longer there. Name its folder.")
     return root

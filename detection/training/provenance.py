@@ -67,5 +67,10 @@ def read_provenance(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: this is no JSON object. Remove it, or restore it.") from None
 
 
+def recorded_data(about: Mapping[str, Any]) -> Path | None:
+    """Where the data lay when the run was begun, of what `read_provenance` gives."""
+    return Path(str(about["data"])) if "data" in about else None
+
+
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
