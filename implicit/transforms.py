@@ -44,6 +44,8 @@ def is_mapped(x: Tensor) -> bool:
 
 def is_batched_by_autograd(x: Tensor) -> bool:
     """Whether ``x`` is one of many in a backward pass with ``is_grads_batched=True``."""
+    if torch.compiler.is_compiling():  # which traces a backward pass of one
+        return False
     return ", Batched" in repr(torch._C._dispatch_keys(x))  # a key that has no name in Python
 
 

@@ -44,6 +44,11 @@ class AdjointGradient(Gradient):
     twice: ClassVar[bool] = False
     """Whether the gradient is the derivative of a function, and so can be differentiated."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether `inverse` waits for the device, to know when to end."""
+        return True
+
     @abstractmethod
     def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
         """``(I − A)⁻¹ v (B, D)``, or what stands for it, given ``product(w) = A w``.
@@ -53,15 +58,17 @@ class AdjointGradient(Gradient):
 
     def attach(self, f: Map, value: Tensor, record: list[Adjoint] | None = None) -> Tensor:
         eps = f.eps if isinstance(f, FlatMap) else 0.0
+        # A graph cannot hold a list that grows as it runs.
+        figures_of = None if torch.compiler.is_compiling() else record
 
         def solved(product: Map, v: Tensor) -> Tensor:
             with full_precision(v.device):
                 w, figures = self.inverse(product, v, eps)
-            if record is not None:
-                record.append(figures)
+            if figures_of is not None:
+                figures_of.append(figures)
             return w
 
-        return attach(f, value, solved, twice=self.twice)
+        return attach(f, value, solved, twice=self.twice, waits=self.waits)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,10 @@ class Neumann(AdjointGradient):
 
     def __post_init__(self) -> None:
         check_count("Neumann", "k", self.k)
+
+    @property
+    def waits(self) -> bool:
+        return False
 
     def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
         term = total = v
@@ -128,6 +139,10 @@ class Implicit(AdjointGradient):
                     "Implicit(stop=Tolerance(norm=...)): the backward solve is for a gradient, "
                     "which a distance between states does not measure. Use 'l2', 'rms' or 'max'."
                 )
+
+    @property
+    def waits(self) -> bool:
+        return not isinstance(self.stop, Steps)
 
     def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
         _check_single(self, v)

@@ -24,16 +24,26 @@ Solve = Callable[[Map, Tensor], Tensor]
 """``solve(product, v)``: the solution of ``w = v + product(w)``, or what stands for it."""
 
 
-def attach(f: Map, value: Tensor, solve: Solve, twice: bool) -> Tensor:
+def attach(f: Map, value: Tensor, solve: Solve, twice: bool, waits: bool) -> Tensor:
     """``f(value)``, whose derivative is ``(I − J)⁻¹ ∂f/∂(·)`` with the inverse by ``solve``.
 
     Args:
         twice: whether that derivative may be differentiated again.
+        waits: whether ``solve`` waits for the device, so that `torch.compile` cannot trace it.
     """
+    if torch.compiler.is_compiling():
+        value = value.detach()
+        image = f(value)
+        if not image.requires_grad:
+            return image
+        if not waits:
+            traced: Tensor = _Traced.apply(image, value, f, solve)
+            return traced
     if is_transforming():
         return _attach_transformed(f, value, solve)
     start = Start.of(value)
-    with _Closed(start) as closed:
+    closed = _Closed(start)
+    with closed:
         image = f(start)
     plain, tangent = forward_ad.unpack_dual(image) if is_pushing_forward() else (image, None)
     if tangent is not None:
@@ -168,6 +178,25 @@ def _attach_transformed(f: Map, value: Tensor, solve: Solve) -> Tensor:
         image, lambda v: solve(transposed, v), lambda t: solve(forward, t)
     )
     return attached
+
+
+class _Traced(torch.autograd.Function):
+    """The image, in a form that `torch.compile` traces whole; with a second application of ``f``.
+
+    It has first derivatives alone, as all that is compiled.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, value: Tensor, f: Map, solve: Solve) -> Tensor:
+        ctx.f, ctx.solve = f, solve
+        ctx.save_for_backward(value)
+        return image.clone()
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None, None]:
+        (value,) = ctx.saved_tensors
+        transpose: Any = torch.func.vjp(ctx.f, value)[1]
+        return ctx.solve(lambda w: transpose(w)[0], v), None, None, None
 
 
 class _Inverse(torch.autograd.Function):

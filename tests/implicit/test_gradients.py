@@ -875,9 +875,21 @@ def test_auto_says_what_to_use_where_it_cannot_look() -> None:
         torch.func.vmap(torch.func.grad(slope))(torch.tensor([0.1, 0.2], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("gradient", [JFB(), RAG(3), implicit.Phantom(2, 0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        JFB(),
+        RAG(3),
+        implicit.Phantom(2, 0.5),
+        Neumann(3),
+        Implicit(implicit.Anderson(3), Steps(8)),
+        Implicit(implicit.Broyden(3), Steps(8)),
+        implicit.BPTT(),
+    ],
+    ids=repr,
+)
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler, as it loads
-def test_unrolled_gradients_compile_whole(gradient: Gradient) -> None:
+def test_gradients_that_do_not_wait_compile_whole(gradient: Gradient) -> None:
     weight = torch.randn(3, 3, dtype=torch.float64, generator=torch.manual_seed(0)) / 4
     weight.requires_grad_()
 
@@ -893,6 +905,27 @@ def test_unrolled_gradients_compile_whole(gradient: Gradient) -> None:
     compiled = torch.compile(value, fullgraph=True, backend="eager")
     gradients = [torch.autograd.grad(f(x).sum(), weight)[0] for f in (compiled, value)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), implicit.Auto()], ids=repr)
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler, as it loads
+def test_gradients_that_wait_compile_whole_only_where_nobody_asks_for_them(
+    gradient: Gradient,
+) -> None:
+    def value(x: Tensor, weight: Tensor) -> Tensor:
+        def f(y: Tensor) -> Tensor:
+            return torch.tanh(y @ weight + x)
+
+        return fixed_point(f, torch.zeros_like(x), stop=Steps(6), gradient=gradient).value
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    weight = torch.randn(3, 3, dtype=torch.float64, generator=torch.manual_seed(0)) / 4
+    found = torch.compile(value, fullgraph=True, backend="eager")(x, weight)
+    torch.testing.assert_close(found, value(x, weight))
+    inputs = x.requires_grad_(), weight.requires_grad_()
+    in_pieces = torch.compile(value, backend="eager")
+    slopes = [torch.autograd.grad(f(*inputs).sum(), inputs) for f in (in_pieces, value)]
+    torch.testing.assert_close(*slopes)
 
 
 def test_a_mapped_start_is_solved_from() -> None:
