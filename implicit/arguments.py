@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -79,6 +80,19 @@ def check_kind(name: str, value: Any, kind: Any, example: str) -> None:
         raise TypeError(f"{name}={value!r} is not a {name}: pass an object such as {example}.")
 
 
+def check_args(args: Any) -> None:
+    """Raise `TypeError` unless the further arguments of a map come as a tuple.
+
+    Example:
+        >>> check_args([1])
+        Traceback (most recent call last):
+            ...
+        TypeError: args is a list: give a tuple, such as args=(x,).
+    """
+    if not isinstance(args, tuple):
+        raise TypeError(f"args is a {type(args).__name__}: give a tuple, such as args=(x,).")
+
+
 def check_positions(name: str, positions: Any, most: int | None = None, why: str = "") -> None:
     """Raise `ValueError` unless ``positions`` are step numbers from 1 on, rising, up to ``most``.
 
@@ -86,13 +100,15 @@ def check_positions(name: str, positions: Any, most: int | None = None, why: str
         >>> check_positions("path", (3, 1), most=9, why="what Steps(n=9) allows")
         Traceback (most recent call last):
             ...
-        ValueError: path=(3, 1): positions are step numbers, rising, from 1 to 9 (what Steps(n=9) \
-allows).
+        ValueError: path=(3, 1): positions are a sequence of step numbers, rising, from 1 to 9 \
+(what Steps(n=9) allows).
     """
-    numbers = tuple(positions)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    numbers = tuple(positions) if isinstance(positions, Sequence) else ()
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers)
     rising = whole and list(numbers) == sorted(set(numbers))
     within = rising and (not numbers or (numbers[0] >= 1 and (not most or numbers[-1] <= most)))
-    if not within:
+    if not (within and isinstance(positions, Sequence)):
         end = "on" if most is None else f"to {most} ({why})"
-        raise ValueError(f"{name}={numbers}: positions are step numbers, rising, from 1 {end}.")
+        raise ValueError(
+            f"{name}={positions!r}: positions are a sequence of step numbers, rising, from 1 {end}."
+        )

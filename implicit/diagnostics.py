@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicit.arguments import check_kind
 from implicit.solution import Solution, Status
 
 _QUANTILES = {"median": 0.5, "90 %": 0.9, "max": 1.0}
@@ -97,6 +98,9 @@ def plot_convergence(solutions: Solution | Mapping[str, Solution], ax: Any = Non
     if not named:
         raise ValueError("plot_convergence: there is no solution to draw.")
     for name, solution in named.items():
+        check_kind(
+            "solution", solution, Solution, "fixed_point(..., trace=True), or a dict of them"
+        )
         if solution.trace is None:
             whose = f"the solution {name!r}" if name else "the solution"
             raise ValueError(

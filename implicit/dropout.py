@@ -26,8 +26,9 @@ class SolveDropout(PerSolve):
     mask per sample, make it an argument of ``f``, which leaves with its sample:
     ``mask = torch.nn.functional.dropout(torch.ones_like(y0), p)`` and ``args=(x, mask)``.
 
-    Activation checkpointing: put the checkpoint around the solve, not inside ``f``, where what is
-    computed again may meet the mask of a later solve.
+    Activation checkpointing: `RAG` ``(k, recompute=True)`` computes again with the mask of its
+    solve.  Put a checkpoint of your own around the solve, not inside ``f``, where what is computed
+    again may meet the mask of a later solve.
 
     Args:
         p: probability in [0, 1) of an element being zeroed; the others are divided by ``1 − p``.
@@ -50,6 +51,8 @@ class SolveDropout(PerSolve):
         >>> bool(solution.converged.all())
         True
     """
+
+    per_solve = ("announced", "kept")
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()

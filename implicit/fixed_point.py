@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from implicit.arguments import check_kind, check_positions
+from implicit.arguments import check_args, check_kind, check_positions
 from implicit.autocast import forget_casts
 from implicit.gradients import AdjointGradient, Gradient, Implicit
+from implicit.gradients.base import check_differentiable
 from implicit.per_solve import renew
 from implicit.problem import Problem
 from implicit.solution import Adjoint, Solution, Status
@@ -56,8 +57,8 @@ def fixed_point(
             inputs) receives gradient without being listed.
         args: further arguments of ``f``.  Samples that have converged leave the batch if all that
             belongs to samples is here: tensors whose first dimension is the batch, at any depth,
-            that are not parameters.  One sample is evaluated alone first; where its image is not
-            the same, all stay (and those that are done do not move).
+            that are not parameters.  A few samples are evaluated by themselves first; where their
+            images are not the same, all stay (and those that are done do not move).
         has_aux: whether ``f`` also returns something to look at.  It comes from the evaluation
             that the gradient tracks, if there is one.
         path: positions (step numbers from 1, rising) whose states are returned.
@@ -91,12 +92,13 @@ def fixed_point(
         torch.Size([1, 1])
     """
     _check_choices(f, solver, stop, gradient)
-    if not isinstance(args, tuple):
-        raise TypeError(f"args is a {type(args).__name__}: give a tuple, such as args=(x,).")
+    check_args(args)
+    if select is not None and not callable(select):
+        raise TypeError(f"select must be callable, not {select!r}.")
     if isinstance(solver, WholeSolver) and (path or trace or memory or keep_memory):
         raise ValueError(f"{solver} shows only its answer: no path, no trace and no memory.")
     renew(f)
-    if path:
+    if not isinstance(path, tuple) or path:  # whose message is not made for nothing
         most = stop.n if isinstance(stop, Steps) else stop.max_steps
         check_positions("path", path, most, f"what {stop} allows")
     layout = Layout(y0)
@@ -115,7 +117,7 @@ def fixed_point(
     parts = flat.part if (args or select) and not has_aux else None
     with solving(gradient.tracks_path, layout.device):
         outcome = solve(
-            Problem(flat, part=parts, agreement=layout.eps**0.5),
+            Problem(flat, part=parts, agreement=layout.eps ** (2 / 3)),
             start,
             solver,
             stop,
@@ -126,10 +128,10 @@ def fixed_point(
             finest=layout.eps if layout.narrows else 0.0,
         )
     value = outcome.value
-    if value is start:  # a fixed point from the start; who writes to the answer leaves y0 alone
-        value = value.clone()
     adjoints: list[Adjoint] = []
-    if not gradient.tracks_path and (torch.is_grad_enabled() or is_pushing_forward()):
+    if gradient.tracks_path or not (torch.is_grad_enabled() or is_pushing_forward()):
+        value = value.clone()  # who writes to the answer leaves y0, and what f returned, alone
+    else:
         value = value.detach()
         recorded = (adjoints,) if isinstance(gradient, AdjointGradient) else ()
         attached = gradient.attach(flat, value, *recorded)
@@ -210,7 +212,9 @@ def root(
 
     def f(y: State, *args: Any) -> Any:
         result = g(y, *args)
-        gy, aux = result if has_aux and isinstance(result, tuple) else (result, None)
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise StateError("has_aux=True: g must return a pair (g(y), aux).")
+        gy, aux = result if has_aux else (result, None)
         layout.part(len(pytree.tree_leaves(y)[0])).check(gy, name="g")
         moved = pytree.tree_map(torch.sub, y, gy)
         return (moved, aux) if has_aux else moved
@@ -362,11 +366,7 @@ def _check_choices(f: Any, solver: Any, stop: Any, gradient: Any) -> None:
         "stop", stop, (Tolerance, Steps), "implicit.Tolerance(rtol=1e-3) or implicit.Steps(20)"
     )
     check_kind("gradient", gradient, Gradient, "implicit.RAG(2)")
-    if gradient.tracks_path and not solver.differentiable:
-        raise ValueError(
-            f"{solver} cannot be differentiated step by step: use another gradient than "
-            f"{gradient}, such as implicit.Implicit(), or Naive, Anderson or Broyden."
-        )
+    check_differentiable(solver, gradient)
 
 
 def _check_finite(start: Tensor) -> None:

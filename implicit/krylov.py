@@ -1,4 +1,4 @@
-"""GMRES for a batch of linear systems, one Krylov space per sample.
+"""Arnoldi's step and GMRES for a batch of linear systems, one Krylov space per sample.
 
 Y. Saad and M. Schultz, *GMRES: a generalized minimal residual algorithm for solving nonsymmetric
 linear systems*, SIAM J. Sci. Stat. Comput. 7(3), 1986.  The Arnoldi basis is orthogonalised twice
@@ -22,14 +22,19 @@ class Krylov:
         x: ``(B, D)``, the solution.
         residual: ``(B,)``, ``‖b − A x‖₂``.
         products: ``(B,)`` int64, products with ``A`` that each sample needed.
-        smallest: ``(B,)``, smallest singular value of ``A`` seen in the Krylov space, from above:
-            ``residual / smallest`` estimates ``‖x − A⁻¹b‖``.
+        smallest: ``(B,)``, smallest singular value of ``A`` seen in the Krylov space, from above;
+            0 where ``A`` is zero on all of it.
     """
 
     x: Tensor
     residual: Tensor
     products: Tensor
     smallest: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """``(B,)``: an estimate of ``‖x − A⁻¹b‖``."""
+        return torch.where(self.residual > 0, self.residual / self.smallest, self.residual)
 
 
 def gmres(
@@ -59,17 +64,9 @@ def gmres(
     weights, residual, n = b.new_zeros(batch, 0), length, 0
     while n < dimensions and bool((residual > allowed).any()):
         products += residual > allowed
-        w = matvec(basis[:, n])
-        scale = torch.linalg.vector_norm(w, dim=1)
-        for _ in range(2):
-            overlap = torch.bmm(basis[:, : n + 1], w.unsqueeze(2))
-            hessenberg[:, : n + 1, n] += overlap.squeeze(2)
-            w = w - torch.bmm(overlap.mT, basis[:, : n + 1]).squeeze(1)
-        rest = torch.linalg.vector_norm(w, dim=1)
-        # Rounding error is no new direction: the Krylov space of this sample is exhausted.
-        rest = torch.where(rest > 10 * torch.finfo(b.dtype).eps * scale, rest, 0)
-        hessenberg[:, n + 1, n] = rest
-        basis[:, n + 1] = _unit(w, rest)
+        basis[:, n + 1], hessenberg[:, : n + 2, n] = new_direction(
+            matvec(basis[:, n]), basis[:, : n + 1]
+        )
         n += 1
         weights, residual = _least_squares(hessenberg[:, : n + 1, :n], length)
     x = torch.bmm(weights.unsqueeze(1), basis[:, :n]).squeeze(1)
@@ -79,8 +76,35 @@ def gmres(
         values = torch.linalg.svdvals(hessenberg[:, : n + 1, :n].nan_to_num(0, 0, 0))
         # Columns after an exhausted space are zero and say nothing of A.
         present = values > 10 * torch.finfo(b.dtype).eps * values[:, :1]
-        smallest = torch.where(present, values, torch.inf).amin(dim=1)
+        smallest = torch.where(present, values, values[:, :1]).amin(dim=1)
     return Krylov(x, residual, products, smallest)
+
+
+def new_direction(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """What of ``w (B, D)`` is orthogonal to the rows of ``basis (B, n, D)``, as a unit vector.
+
+    It is zero where the space is exhausted: what is then left of ``w`` is rounding error, which in
+    unit length is neither a product of the matrix nor orthogonal to anything.
+
+    Returns:
+        That vector ``(B, D)``, and the column ``(B, n + 1)`` of the Hessenberg matrix: the overlaps
+        of ``w`` with the basis and the length of what is left.
+    """
+    scale = torch.linalg.vector_norm(w, dim=1)
+    overlaps = w.new_zeros(basis.shape[:2])
+    for _ in range(2):
+        overlap = torch.bmm(basis, w.unsqueeze(2))
+        overlaps = overlaps + overlap.squeeze(2)
+        w = w - torch.bmm(overlap.mT, basis).squeeze(1)
+    rest = torch.linalg.vector_norm(w, dim=1)
+    rest = torch.where(rest > 10 * torch.finfo(w.dtype).eps * scale, rest, 0)
+    # A little more than that may be rounding error too, and shows by not being orthogonal.
+    q = _unit(w, rest)
+    q = q - torch.bmm(torch.bmm(basis, q.unsqueeze(2)).mT, basis).squeeze(1)
+    length = torch.linalg.vector_norm(q, dim=1)
+    rest = torch.where(length < 0.7, 0, rest)
+    q = torch.where(length[:, None] < 0.7, 0, _unit(q, length))
+    return q, torch.cat((overlaps, rest.unsqueeze(1)), dim=1)
 
 
 def _unit(x: Tensor, length: Tensor) -> Tensor:

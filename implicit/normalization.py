@@ -75,6 +75,8 @@ def contract(module: Module, bound: float = 0.9, *, method: Method = "spectral")
         True
     """
     check_number("contract", "bound", bound, above=0)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"contract: {module!r} is no torch.nn.Module and has no weights.")
     if method not in ("spectral", "weight"):
         raise ValueError(f"contract(method={method!r}): use 'spectral' or 'weight'.")
     layers = {name: m for name, m in module.named_modules() if isinstance(m, _LAYERS)}
@@ -163,6 +165,7 @@ class _FrobeniusCap(_Cap):
 class _SpectralCap(_Cap, PerSolve):
     """``‖Mv‖`` for the leading right singular vector ``v`` of each group, which is followed."""
 
+    per_solve = ("announced", "due", "vector")
     vector: Tensor
 
     def __init__(self, layer: nn.Module, bound: float) -> None:

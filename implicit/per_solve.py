@@ -7,8 +7,9 @@ every evaluation makes each evaluation another map, and the solver chases a poin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -16,9 +17,19 @@ from torch import nn
 class PerSolve(nn.Module, ABC):
     """A module with something that is the same throughout a solve: `SolveDropout`, for one."""
 
+    per_solve: ClassVar[tuple[str, ...]] = ()
+    """The attributes that hold it, for evaluations that a backward pass makes after other solves.
+
+    They are assigned and never written into.
+    """
+
     @abstractmethod
     def renew(self) -> None:
         """A solve begins: what is random may be drawn anew, what is tracked may move on."""
+
+
+Held = tuple[tuple[PerSolve, dict[str, Any]], ...]
+"""Modules, with what they hold during one solve."""
 
 
 def renew(f: nn.Module | Callable[..., Any]) -> None:
@@ -36,8 +47,34 @@ def renew(f: nn.Module | Callable[..., Any]) -> None:
         >>> bool((cell(y) == cell(y)).all())
         True
     """
-    if not hasattr(f, "modules"):  # torch.compile of torch 2.6 cannot follow isinstance here
-        return
-    for inner in f.modules():
-        if isinstance(inner, PerSolve):
-            inner.renew()
+    for inner in _inside(f):
+        inner.renew()
+
+
+def held_by(f: nn.Module | Callable[..., Any]) -> Held:
+    """What every `PerSolve` inside ``f`` holds at the moment."""
+    return tuple((m, {name: getattr(m, name) for name in m.per_solve}) for m in _inside(f))
+
+
+@contextmanager
+def holding(held: Held) -> Iterator[None]:
+    """Modules hold again what they held in an earlier solve."""
+    now = tuple((m, {name: getattr(m, name) for name in m.per_solve}) for m, _ in held)
+    _assign(held)
+    try:
+        yield
+    finally:
+        _assign(now)
+
+
+def _assign(held: Held) -> None:
+    for module, values in held:
+        for name, value in values.items():
+            setattr(module, name, value)
+
+
+def _inside(f: nn.Module | Callable[..., Any]) -> Iterator[PerSolve]:
+    if hasattr(f, "modules"):  # torch.compile of torch 2.6 cannot follow isinstance here
+        for inner in f.modules():
+            if isinstance(inner, PerSolve):
+                yield inner

@@ -48,11 +48,20 @@ class Problem:
         self.beyond = evaluations if self.beyond is None else self.beyond + evaluations
 
     def parts_well(self, rows: Tensor, y: Tensor, fy: Tensor) -> bool:
-        """Whether ``f`` gives the samples ``rows (k,)`` the same images alone as in the batch.
+        """Whether ``f`` gives samples the same images with few others as in the whole batch.
 
         It does not where an input that belongs to samples is closed over and so stays behind,
-        where one that does not was taken for one that does, or where ``f`` mixes the samples.
+        where one that does not was taken for one that does, or where ``f`` mixes the samples.  The
+        first of ``rows`` is evaluated with each of the others in turn, so that no other can be
+        the one that it is mixed with every time; alone, if there is but one other.
         """
+        first, others = rows[:1], rows[1:]
+        if len(others) < 2:
+            return self._agrees(first, y, fy)
+        return all(self._agrees(torch.cat((first, other)), y, fy) for other in others.split(1))
+
+    def _agrees(self, rows: Tensor, y: Tensor, fy: Tensor) -> bool:
+        """Whether the samples ``rows (k,)`` have the same images without the rest."""
         assert self.part is not None
         with torch.no_grad():
             try:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from implicit.arguments import check_count, check_number
+from implicit.krylov import new_direction
 from implicit.solution import Solution
 from implicit.state import FlatMap, Layout, State
+from implicit.transforms import is_transforming
 
 Product = Callable[[Tensor], Tensor]
 
@@ -248,6 +250,11 @@ class _Jacobian:
                 f"{owner} differentiates f, which torch.inference_mode() forbids: call it under "
                 "torch.no_grad(), or under neither."
             )
+        if is_transforming():
+            raise RuntimeError(
+                f"{owner} differentiates f by torch.autograd and knows no torch.func: call it "
+                "outside of vmap, grad and jvp, with the samples as a batch."
+            )
         layout = Layout(y)
         with torch.enable_grad():
             self.point = layout.pack(y).detach().requires_grad_()
@@ -292,20 +299,13 @@ def _krylov_radius(product: Product, like: Tensor, iterations: int) -> Tensor:
     start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=like.dtype)
     q = (start / torch.linalg.vector_norm(start)).to(like.device).expand(batch, size)
     basis = like.new_zeros(batch, dimension, size)
-    hessenberg = like.new_zeros(batch, dimension, dimension)
+    hessenberg = like.new_zeros(batch, dimension + 1, dimension)
     for j in range(dimension):
         basis[:, j] = q
-        w = product(q)
-        for _ in range(2):  # Gram–Schmidt once loses orthogonality to rounding; twice does not
-            overlap = torch.einsum("bjd,bd->bj", basis, w)
-            hessenberg[:, :, j] += overlap
-            w = w - torch.einsum("bj,bjd->bd", overlap, basis)
-        if j + 1 < dimension:
-            # Nothing is left where the space is invariant: zeros, which add eigenvalues 0, then
-            # stand for the vectors that other samples of the batch still need.
-            rest = torch.linalg.vector_norm(w, dim=1)
-            hessenberg[:, j + 1, j] = rest
-            q = torch.where(rest[:, None] > 0, w / rest[:, None], 0)
+        # Zeros, where the space is exhausted, add eigenvalues 0 and stand for the vectors that
+        # other samples of the batch still need.
+        q, hessenberg[:, : j + 2, j] = new_direction(product(q), basis[:, : j + 1])
+    hessenberg = hessenberg[:, :-1]
     finite = torch.isfinite(hessenberg).all(dim=2).all(dim=1)
     small = torch.where(finite[:, None, None], hessenberg, 0).cpu().double()
     radius = torch.linalg.eigvals(small).abs().amax(dim=1)

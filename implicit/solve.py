@@ -19,7 +19,14 @@ from implicit.samples import BestSoFar, Samples
 from implicit.solution import classify
 from implicit.solvers.base import Solver, WholeSolver, take
 from implicit.state import StateError
-from implicit.stopping import Stop, Tolerance, batch_norm_of, relative_to, residual_in
+from implicit.stopping import (
+    Stop,
+    Tolerance,
+    batch_norm_of,
+    least_of,
+    relative_to,
+    residual_in,
+)
 from implicit.transforms import is_wrapped, on_host
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -213,7 +220,9 @@ class _Run:
             if self.all_active and active is not None and self.still == going.shape[0]:
                 return None
         stopping = samples.active if last else samples.active & ~going
-        converged = stopping & ~going & (now < torch.inf)
+        # The squares of a residual may vanish where it does not, and those of an image overflow.
+        now = now if callable(norm) else torch.maximum(now, least_of(r, norm))
+        converged = stopping & (now <= allowed) & (allowed < torch.inf)
         samples.stop(stopping, n, converged, now, self._relative(size, now, r))
         if self.problem.beyond is not None:
             beyond = torch.where(stopping, self.problem.beyond, 0)
@@ -230,10 +239,9 @@ class _Run:
         samples, device = self.samples, fy.device
         stay = active.nonzero().flatten().to(device)
         if not self.left:
-            # It costs an evaluation of two samples to know (one would be broadcast where several
-            # do not fit); let them be two that have long to go.
-            length = torch.linalg.vector_norm(r, dim=1).index_select(0, stay)
-            hardest = stay[length.topk(min(2, len(stay))).indices]
+            # It costs evaluations of a few samples to know; let them be those with longest to go.
+            length = torch.linalg.vector_norm(r, dim=1).masked_fill(~active.to(device), -1)
+            hardest = length.topk(min(3, len(length))).indices
             self.may_leave = self.problem.parts_well(hardest, samples.y, fy)
             if not self.may_leave:
                 return samples.y, fy, r
@@ -326,7 +334,8 @@ def _solve_whole(problem: Problem, y0: Tensor, solver: WholeSolver, stop: Stop) 
     size = batch_norm_of(fy.detach(), "l2" if callable(norm) else norm)
     converged = torch.zeros_like(residual, dtype=torch.bool)
     if isinstance(stop, Tolerance):
-        converged = torch.isfinite(residual) & (residual <= stop.atol + stop.rtol_for(0.0) * size)
+        allowed = stop.atol + stop.rtol_for(0.0) * size
+        converged = (residual <= allowed) & (allowed < torch.inf)
     assert first is not None  # it was counted at least once, here
     count = torch.full_like(residual, calls, dtype=torch.int64)
     status = classify(converged, residual, first)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit.autocast import autocast_dtype
+from implicit.per_solve import Held, held_by, holding
 
 State = Any
 """A tensor or a pytree of tensors, batch first."""
@@ -163,6 +164,7 @@ class FlatMap:
         self.aux: Any = None
         # Kept, because later evaluations (in the backward pass) are to be like the first.
         self.autocast = autocast_dtype(layout.device)
+        self.held: Held | None = None
 
     @property
     def eps(self) -> float:
@@ -171,6 +173,15 @@ class FlatMap:
         return max(self.layout.eps, narrow)
 
     def __call__(self, flat: Tensor) -> Tensor:
+        if self.held:
+            with holding(self.held):
+                return self._evaluated(flat)
+        image = self._evaluated(flat)
+        if self.held is None and not torch.compiler.is_compiling():
+            self.held = held_by(self.f)
+        return image
+
+    def _evaluated(self, flat: Tensor) -> Tensor:
         device = self.layout.device
         if autocast_dtype(device) == self.autocast:
             return self._image(flat)
@@ -207,7 +218,9 @@ class FlatMap:
                 )
         else:
             args = pytree.tree_map(lambda leaf: self._rows_of(leaf, rows), self.args)
-        return FlatMap(self.f, self.layout.part(len(rows)), args, self.has_aux, self.select)
+        fewer = FlatMap(self.f, self.layout.part(len(rows)), args, self.has_aux, self.select)
+        fewer.held = self.held
+        return fewer
 
     def _rows_of(self, leaf: Any, rows: Tensor) -> Any:
         belongs = (

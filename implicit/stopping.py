@@ -24,9 +24,16 @@ Distance = Callable[[Any, Any], Tensor]
 def batch_norm_of(x: Tensor, norm: Norm) -> Tensor:
     """Norm of each row of ``x (B, D)``; a row of no elements has norm 0."""
     if norm == "max":
-        return x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
+        empty = x.shape[1] == 0
+        return x.new_zeros(len(x)) if empty else torch.linalg.vector_norm(x, torch.inf, dim=1)
     length = torch.linalg.vector_norm(x, dim=1)
     return length if norm == "l2" else length / math.sqrt(max(x.shape[1], 1))
+
+
+def least_of(x: Tensor, norm: Norm) -> Tensor:
+    """What the norm of each row of ``x (B, D)`` is at least, by its largest element."""
+    least = batch_norm_of(x, "max")
+    return least / math.sqrt(max(x.shape[1], 1)) if norm == "rms" else least
 
 
 def residual_in(norm: Norm | Distance, y: Tensor, fy: Tensor, r: Tensor) -> Tensor:
@@ -35,8 +42,9 @@ def residual_in(norm: Norm | Distance, y: Tensor, fy: Tensor, r: Tensor) -> Tens
 
 
 def relative_to(size: Tensor, residual: Tensor) -> Tensor:
-    """The residual over ``size = ‖f(y)‖``; 0 where both vanish."""
-    return (residual / size).masked_fill(residual == 0, 0)
+    """The residual over ``size = ‖f(y)‖``; 0 where both vanish, NaN where the size overflows."""
+    ratio = (residual / size).masked_fill(residual == 0, 0)
+    return ratio.masked_fill(size == torch.inf, torch.nan)
 
 
 @dataclass(frozen=True)

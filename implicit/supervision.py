@@ -11,7 +11,7 @@ DistributedDataParallel, gradient scaling, accumulation, clipping and hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,24 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicit.arguments import check_kind, check_number, check_positions
+from implicit.arguments import (
+    check_args,
+    check_count,
+    check_kind,
+    check_number,
+    check_positions,
+)
 from implicit.autocast import forget_casts
 from implicit.gradients import RAG, Gradient
+from implicit.gradients.base import check_differentiable
 from implicit.gradients.graph import leaves_of
 from implicit.per_solve import renew
 from implicit.perturbation import Perturbation, RandomSource
 from implicit.problem import Problem
-from implicit.solve import iterate
+from implicit.solve import Visit, iterate
 from implicit.solvers import Naive, Solver
 from implicit.state import FlatMap, Layout, State
+from implicit.transforms import has_tangent, is_transforming
 
 _DEFAULT_GRADIENT = RAG(2)
 _DEFAULT_SOLVER = Naive()
@@ -52,8 +60,8 @@ def positions(m: int, C: int, T: int) -> tuple[int, ...]:
         >>> positions(m=4, C=3, T=20)
         (1, 3, 6, 9, 12, 20)
     """
-    if m < 0 or C < 1 or T < 1:
-        raise ValueError(f"positions(m={m}, C={C}, T={T}): m ≥ 0, C ≥ 1 and T ≥ 1 are needed.")
+    for name, value, least in (("m", m, 0), ("C", C, 1), ("T", T, 1)):
+        check_count("positions", name, value, least)
     if m * C > T:
         raise ValueError(
             f"positions(m={m}, C={C}, T={T}): the last multiple, {m * C}, lies beyond the path of "
@@ -102,19 +110,23 @@ def supervise(
     state ``y_n``: with ``RAG(k)``, ``f`` applied ``k`` times.  These applications do not advance
     the path.
 
+    With `BPTT` the loss sees ``y_n`` itself, and its gradient goes back through all the steps to
+    the start: the exact derivative of the path, noise included, in memory that grows with its
+    length.
+
     Args:
         f: ``f(y, *args) -> y``.
         y0: start of the path; it is detached.
         loss: ``loss(y, position)``; a scalar, or ``(scalar, aux)``.
         at: positions, step numbers from 1, rising; the path ends at the last.
-        gradient: of each position; anything but `BPTT`.
+        gradient: of each position.
         solver: what walks the path.
         perturbation: noise, in the order in which it is added (see `Perturbation`).
         args: further arguments of ``f``; tensors in it (also inside pytrees) that require
             gradient receive it.
         parameters: every tensor that ``f`` or ``loss`` close over and that is to receive
             gradient.  One that is reached and not named raises an error, so none is lost.  What
-            was itself computed from parameters goes through ``args``.
+            was itself computed from parameters goes through ``args``.  (`BPTT` needs no names.)
         generator: source of the noise, for runs that repeat; a `BatchPart` where the samples are
             part of a larger batch.
         loss_scale: factor on the losses while their gradients are taken, which is taken off again.
@@ -122,11 +134,15 @@ def supervise(
             that is returned: pass ``scaler.get_scale()``.
 
     Returns:
-        A `Supervision`.  Its loss can be differentiated once, not twice.
+        A `Supervision`.  Its loss can be differentiated once, not twice; with `BPTT` any number
+        of times.
 
     Raises:
-        ValueError: if ``at`` is empty, not rising or not positive, if the gradient is `BPTT`, or
-            if a tensor that requires gradient was reached and is neither in ``args`` nor named.
+        ValueError: if ``at`` is empty, not rising or not positive, if the solver has no derivative
+            for `BPTT`, or if a tensor that requires gradient was reached and is neither in
+            ``args`` nor named.
+        TypeError: if an argument is of another kind.
+        RuntimeError: under the transforms of `torch.func` or in forward mode, but with `BPTT`.
 
     Example:
         >>> import torch, implicit
@@ -141,17 +157,24 @@ def supervise(
         >>> W.grad.shape, x.grad.shape, len(s.losses)
         (torch.Size([3, 3]), torch.Size([4, 3]), 4)
     """
-    _check(f, at, gradient, solver)
+    _check(f, loss, at, gradient, solver, perturbation, generator)
+    check_args(args)
     check_number("supervise", "loss_scale", loss_scale, above=0)
     renew(f)
-    given = [*pytree.tree_leaves(args), *parameters]
-    sources = [
-        t for t in dict.fromkeys(x for x in given if isinstance(x, Tensor)) if t.requires_grad
-    ]
+    leaves = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    given = dict.fromkeys([*leaves, *_tensors(parameters)])
+    if not gradient.tracks_path and (is_transforming() or any(map(has_tangent, given))):
+        raise RuntimeError(
+            "supervise takes its gradients as it walks, for backward() alone: under torch.func and "
+            "in forward mode use gradient=BPTT()."
+        )
+    sources = [t for t in given if t.requires_grad]
     walk = _Walk(
         f, y0, loss, tuple(at), gradient, solver, tuple(perturbation), generator, args, loss_scale
     )
-    if torch.is_grad_enabled() and sources:
+    if gradient.tracks_path:
+        total = walk.through_path()
+    elif torch.is_grad_enabled() and sources:
         total = _Supervise.apply(walk, *sources)
     else:
         total, _ = walk.run((), tracked=torch.is_grad_enabled())
@@ -181,7 +204,9 @@ class _Walk:
         self.layout = Layout(y0)
         # Inside, arguments are leaves: gradients end at them, whatever they were made from.
         self.inside: dict[Tensor, Tensor] = {}
-        self.f = FlatMap(f, self.layout, pytree.tree_map(self._as_leaf, args))
+        self.f = FlatMap(
+            f, self.layout, args if gradient.tracks_path else pytree.tree_map(self._as_leaf, args)
+        )
         self.losses: list[Tensor] = []
         self.aux: list[Any] = []
         self.value: State = None
@@ -201,33 +226,52 @@ class _Walk:
             start = self._disturbed(before, after)
             forget_casts(start.device)
             with torch.set_grad_enabled(tracked):
-                y = self.layout.unpack(self.gradient.attach(self.f, start.detach()))
-                result = self.loss(y, n)
-                scalar, aux = result if isinstance(result, tuple) else (result, None)
-                self._check_scalar(scalar, n)
+                scalar = self._score(self.gradient.attach(self.f, start.detach()), n)
             if tracked and scalar.requires_grad:
                 _check_named(scalar, targets)
                 sums[:] = _add_gradients(scalar, targets, self.loss_scale, sums)
-            self.losses.append(scalar.detach().reshape(()))
-            self.aux.append(pytree.tree_map_only(Tensor, Tensor.detach, aux))
 
         with torch.no_grad():
-            outcome = iterate(
-                Problem(self.f),
-                self.layout.pack(self.y0).detach(),
-                self.solver,
-                self.at[-1],
-                perturb=lambda y: self._perturbed("multi-step", y),
-                visit=visit,
-            )
-        self.value = self.layout.unpack(outcome.value)
-        self.residual = outcome.relative_residual
+            self._walk(visit)
         total = torch.stack(self.losses).sum()
         by_source: list[Tensor | None] = [None] * len(sources)
         for (i, _), found in zip(places, sums, strict=True):
             old = by_source[i]
             by_source[i] = old if found is None else found if old is None else old + found
         return total, by_source
+
+    def through_path(self) -> Tensor:
+        """Total loss, in the graph of the whole path."""
+        scalars: list[Tensor] = []
+
+        def visit(n: int, before: Tensor, after: Tensor) -> None:
+            if n in self.at:
+                scalars.append(self._score(self._disturbed(before, after), n))
+
+        self._walk(visit)
+        return torch.stack(scalars).sum()
+
+    def _walk(self, visit: Visit) -> None:
+        """Take the path, noise included."""
+        outcome = iterate(
+            Problem(self.f),
+            self.layout.pack(self.y0).detach(),
+            self.solver,
+            self.at[-1],
+            perturb=lambda y: self._perturbed("multi-step", y),
+            visit=visit,
+        )
+        self.value = self.layout.unpack(outcome.value.detach())
+        self.residual = outcome.relative_residual
+
+    def _score(self, y: Tensor, n: int) -> Tensor:
+        """The loss at a state, which is recorded."""
+        result = self.loss(self.layout.unpack(y), n)
+        scalar, aux = result if isinstance(result, tuple) else (result, None)
+        self._check_scalar(scalar, n)
+        self.losses.append(scalar.detach().reshape(()))
+        self.aux.append(pytree.tree_map_only(Tensor, Tensor.detach, aux))
+        return scalar.reshape(())
 
     def _as_leaf(self, x: Any) -> Any:
         if not (isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()):
@@ -274,8 +318,7 @@ class _Supervise(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "The loss of supervise cannot be differentiated twice (create_graph=True): what "
-                "it would need is freed position by position. For higher derivatives take the "
-                "losses on fixed_point(..., gradient=BPTT(), path=...)."
+                "it would need is freed position by position. For higher derivatives use BPTT()."
             )
         kept, factor = iter(ctx.saved_tensors), grad / ctx.loss_scale
         return (None, *(next(kept) * factor if present else None for present in ctx.present))
@@ -332,19 +375,46 @@ def _add_gradients(
             registered.update(kept)
 
 
-def _check(f: Any, at: Sequence[int], gradient: Any, solver: Any) -> None:
-    if not callable(f):
-        raise TypeError(f"f must be callable, not {f!r}.")
+def _check(
+    f: Any,
+    loss: Any,
+    at: Sequence[int],
+    gradient: Any,
+    solver: Any,
+    perturbation: Any,
+    generator: Any,
+) -> None:
+    for name, function in (("f", f), ("loss", loss)):
+        if not callable(function):
+            raise TypeError(f"{name} must be callable, not {function!r}.")
     check_kind("solver", solver, Solver, "implicit.Naive()")
     check_kind("gradient", gradient, Gradient, "implicit.RAG(2)")
     check_positions("at", at)
     if not at:
         raise ValueError("at=(): at least one position to supervise.")
-    if gradient.tracks_path:
-        raise ValueError(
-            "supervise keeps no path, so BPTT has nothing to go through: use RAG(k), or take the "
-            "losses on fixed_point(..., gradient=BPTT(), path=...) instead."
+    check_differentiable(solver, gradient)
+    if not isinstance(perturbation, Sequence):
+        raise TypeError(f"perturbation={perturbation!r}: pass a sequence of them, (it,).")
+    for one in perturbation:
+        check_kind("perturbation", one, Perturbation, "implicit.Perturbation(noise, 0.2)")
+    if generator is not None:
+        check_kind("generator", generator, RandomSource, "torch.Generator()")
+
+
+def _tensors(parameters: Any) -> Iterator[Tensor]:
+    """What was named, if it is tensors."""
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"parameters is a {type(parameters).__name__}: pass the tensors, such as "
+            "parameters=module.parameters()."
         )
+    for one in parameters:
+        if not isinstance(one, Tensor):
+            raise TypeError(
+                f"parameters holds a {type(one).__name__}: pass the tensors, such as "
+                "parameters=module.parameters()."
+            )
+        yield one
 
 
 def _check_named(loss: Tensor, targets: Sequence[Tensor]) -> None:

@@ -72,3 +72,8 @@ def no_forward_mode() -> AbstractContextManager[object]:
     """Keep tangents out, as ``torch.no_grad`` keeps graphs out."""
     mode: AbstractContextManager[object] = forward_ad._set_fwd_grad_enabled(False)
     return mode
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation reaches ``x``."""
+    return is_pushing_forward() and forward_ad.unpack_dual(x).tangent is not None

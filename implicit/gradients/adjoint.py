@@ -226,7 +226,7 @@ class Auto(AdjointGradient):
             slowest = torch.maximum(slowest, now)
             total = torch.where(going.unsqueeze(1), total + term, total)
             rest = torch.where(slowest < 1, shorter * slowest / (1 - slowest), torch.inf)
-            rest = torch.where(shorter > 0, rest, 0)
+            rest = torch.where(shorter == 0, 0, rest)
             size = torch.linalg.vector_norm(total, dim=1)
             estimate = torch.where(size > 0, rest / size, rest)
             # Where the length of a term overflows, nothing is known of the rest.
@@ -237,7 +237,7 @@ class Auto(AdjointGradient):
         hard = error > self.rtol
         if bool(hard.any()):
             total, error, products = self._escalate(product, v, total, hard, error, products)
-        _warn("Auto", error > self.rtol, error)
+        _warn("Auto", ~(error <= self.rtol), error)  # NaN is no small error
         return total, Adjoint(products, error)
 
     def _escalate(
@@ -269,8 +269,7 @@ class Auto(AdjointGradient):
             used = used + found.products
             solved = torch.where(hard.unsqueeze(1), start + found.x, summed)
             length = torch.linalg.vector_norm(solved, dim=1)
-            estimate = found.residual / found.smallest
-            estimate = torch.where(length > 0, estimate / length, estimate)
+            estimate = torch.where(length > 0, found.error / length, found.error)
             error = torch.where(hard, estimate, error)
             tighter = hard & (error > self.rtol) & (found.products < dimensions)
             # The residual was small and the error is not: ask for as much less as it is too large.

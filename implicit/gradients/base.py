@@ -12,6 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from implicit.solvers.base import Solver
+
 Map = Callable[[Tensor], Tensor]
 
 
@@ -28,3 +30,12 @@ class Gradient(ABC):
         The derivative of what is returned, with respect to anything that ``f`` closes over, is
         this gradient's answer for ``∂y*/∂(·)``.
         """
+
+
+def check_differentiable(solver: Solver, gradient: Gradient) -> None:
+    """Raise `ValueError` if the gradient goes back through steps that have no derivative."""
+    if gradient.tracks_path and not solver.differentiable:
+        raise ValueError(
+            f"{solver} cannot be differentiated step by step: use another gradient than "
+            f"{gradient}, such as implicit.Implicit(), or Naive, Anderson or Broyden."
+        )

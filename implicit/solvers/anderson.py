@@ -121,8 +121,7 @@ class Anderson(Solver):
         """Put the newest pair into the normal equations; their right-hand side ``(B, n, 1)``."""
         products = torch.bmm(views.residuals, views.targets)
         if pushed:
-            length = torch.linalg.vector_norm(views.change, dim=1, keepdim=True)
-            own = history.measure(views.own, length)
+            own = history.measure(views.own, history.length_of(views.change))
         products = products * views.unit
         if pushed:
             column = products.select(2, 1)

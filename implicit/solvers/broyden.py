@@ -155,15 +155,15 @@ class Broyden(Solver):
         of ``Sᵀ(R + S)``, but for its last element, which the column then corrects.
         """
         views.change.add_(views.other)
-        length = torch.linalg.vector_norm(views.other, dim=1, keepdim=True)
-        own = history.measure(views.own, length)
+        own = history.measure(views.own, history.length_of(views.other))
         products = products * views.unit
         line = torch.bmm(views.residuals, views.other.unsqueeze(2)) * views.unit
         history.write(views, own, line.squeeze(2), products.select(2, 1))
         if torch.is_grad_enabled():
             # A sample that has stopped makes pairs of length zero, whose equations are singular.
             # Its weights are not used; but in the derivative, zero times what is not finite is.
-            history.system[:, history.slot, history.slot] += (length == 0).squeeze(1)
+            gone = (views.other == 0).all(dim=1)
+            history.system[:, history.slot, history.slot] += gone
         return products
 
     @staticmethod

@@ -257,6 +257,18 @@ class SecantHistory:
         """``(B, D)``: the row of the point or image that waits."""
         return self.row(2 + 2 * ((self.slot + 1) % self.size))
 
+    @staticmethod
+    def length_of(change: Tensor) -> Tensor:
+        """``(B, 1)`` lengths of differences ``(B, D)``.
+
+        Where autograd goes through it, no difference has length one: the length is not used, but
+        in its second derivative, which is not a number, zero times that would be.
+        """
+        if torch.is_grad_enabled():
+            gone = (change == 0).all(dim=1, keepdim=True)
+            change = change.masked_fill(gone, max(change.shape[1], 1) ** -0.5)
+        return torch.linalg.vector_norm(change, dim=1, keepdim=True)
+
     def measure(self, own: Tensor, length: Tensor) -> Tensor:
         """Set the scale of the newest pair from its length ``(B, 1)``, kept from zero."""
         length = length.clamp_min(self._least)

@@ -18,6 +18,7 @@ from implicit.arguments import check_count, check_number
 from implicit.krylov import gmres
 from implicit.solvers.base import Solver, check_memory
 from implicit.solvers.line_search import LineSearch
+from implicit.transforms import is_mapped
 
 
 @dataclass
@@ -71,6 +72,11 @@ class NewtonKrylov(Solver):
         return _Memory(LineSearch.at(y), f)
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
+        if is_mapped(r):
+            raise RuntimeError(
+                "NewtonKrylov looks at its residual to know when to end, which it cannot under "
+                "torch.func.vmap: use Naive, Anderson or Broyden there."
+            )
         search = memory.search
         length = torch.linalg.vector_norm(r.detach(), dim=1)
         accepted = search.accepts(length)

@@ -184,6 +184,8 @@ def test_plot_needs_a_trace() -> None:
         plot_convergence({"a": traced(2), "b": without}, ax=axes())
     with pytest.raises(ValueError, match="no solution to draw"):
         plot_convergence({}, ax=axes())
+    with pytest.raises(TypeError, match=r"is not a solution.*or a dict of them"):
+        plot_convergence([traced(2)], ax=axes())  # type: ignore[arg-type]
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,3 +264,32 @@ def test_renew_reaches_every_module_that_asks_for_it() -> None:
 
 def test_repr() -> None:
     assert repr(SolveDropout(0.25)) == "SolveDropout(p=0.25)"
+
+
+@pytest.mark.parametrize(
+    "gradient", [implicit.RAG(2, recompute=True), implicit.Implicit()], ids=repr
+)
+def test_what_is_evaluated_later_has_the_mask_of_its_own_solve(
+    gradient: implicit.Gradient,
+) -> None:
+    """A layer that is used twice: its first solve is evaluated again after the second."""
+    torch.manual_seed(0)
+    cell = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), implicit.SolveDropout(0.5))
+    cell = cell.double()
+    with torch.no_grad():
+        cell[0].weight.mul_(0.5)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    plain = implicit.RAG(2) if isinstance(gradient, implicit.RAG) else gradient
+    slopes = []
+    for mode, create_graph in ((gradient, True), (plain, False)):
+        create_graph = create_graph and isinstance(gradient, implicit.Implicit)
+        stop = implicit.Tolerance(rtol=1e-12, atol=0.0, max_steps=99)
+        layer = implicit.FixedPoint(cell, stop=stop, gradient=mode)
+        torch.manual_seed(1)
+        first = layer(x).value
+        second = layer(first.detach()).value
+        (slope,) = torch.autograd.grad(
+            (first + second).sum(), cell[0].weight, create_graph=create_graph
+        )
+        slopes.append(slope.detach())
+    torch.testing.assert_close(*slopes)

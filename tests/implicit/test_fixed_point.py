@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -442,3 +443,30 @@ def test_the_answer_is_not_the_start_itself(solver: implicit.Solver, tracked: bo
     with torch.no_grad():
         value.add_(1)
     assert not y0.any()
+
+
+@pytest.mark.parametrize(
+    "path", [5, torch.tensor([1, 2]), iter((1, 2)), [2, 1], ("a",), {1, 2}, (0,), (True,)], ids=repr
+)
+def test_a_path_that_is_no_sequence_of_steps_is_refused(path: Any) -> None:
+    with pytest.raises(ValueError, match=r"path=.*positions are a sequence of step numbers"):
+        implicit.fixed_point(torch.cos, torch.zeros(1, 1), path=path)
+
+
+@pytest.mark.parametrize("path", [range(1, 4), [1, 2, 3], (np.int64(1), 2, 3)], ids=repr)
+def test_a_path_is_any_sequence_of_whole_numbers(path: Any) -> None:
+    found = implicit.fixed_point(torch.cos, torch.zeros(1, 1), solver=Naive(), path=path)
+    assert [round(y.item(), 4) for y in found.path] == [1.0, 0.5403, 0.8576]
+
+
+def test_who_writes_to_the_answer_leaves_what_f_returned_alone() -> None:
+    constant = torch.ones(2, 3)
+    with torch.no_grad():
+        found = implicit.fixed_point(lambda y: constant, torch.zeros(2, 3), solver=Naive())
+        found.value.zero_()
+    assert (constant == 1).all()
+
+
+def test_the_auxiliary_output_of_a_root_is_asked_for() -> None:
+    with pytest.raises(implicit.StateError, match=r"g must return a pair"):
+        implicit.root(lambda y: y - 1, torch.zeros(2, 3), has_aux=True)

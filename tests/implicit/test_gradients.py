@@ -1311,3 +1311,75 @@ def test_torch_func_cannot_recompute_and_says_what_can() -> None:
 def test_recompute_is_a_flag() -> None:
     with pytest.raises(ValueError, match=r"RAG\(recompute='no'\)"):
         implicit.RAG(2, recompute="no")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "solver", [implicit.Anderson(), implicit.Anderson(2), implicit.Broyden()], ids=repr
+)
+@pytest.mark.parametrize(
+    "stop", [Tolerance(rtol=1e-12, atol=0.0, max_steps=99), Steps(30)], ids=repr
+)
+def test_bptt_has_second_derivatives_where_samples_stop_at_different_steps(
+    solver: implicit.Solver, stop: Any
+) -> None:
+    """A sample that does not move makes differences of length zero."""
+    scales = torch.tensor([[0.1], [1.0], [2.0], [5.0]], dtype=torch.float64)
+    generator = torch.manual_seed(0)
+    weight = torch.randn(6, 6, dtype=torch.float64, generator=generator) / 4
+    x = (scales * torch.randn(4, 6, dtype=torch.float64, generator=generator)).requires_grad_()
+
+    def first(y: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return slope
+
+    def f(y: Tensor) -> Tensor:
+        return torch.tanh(y @ weight + x)
+
+    y = torch.zeros_like(x)
+    for _ in range(200):
+        y = f(y)
+    found = fixed_point(f, torch.zeros_like(x), solver=solver, stop=stop, gradient=implicit.BPTT())
+    seconds = [torch.autograd.grad(first(value).square().sum(), x)[0] for value in (found.value, y)]
+    torch.testing.assert_close(*seconds, rtol=1e-6, atol=1e-9)
+
+
+def test_a_solver_that_must_look_says_so_under_vmap() -> None:
+    gradient = Implicit(solver=implicit.NewtonKrylov())
+
+    def slope(a: Tensor) -> Tensor:
+        y0 = torch.zeros(1, 1, dtype=torch.float64)
+        return fixed_point(lambda y: a * y + 1, y0, gradient=gradient).value.sum()
+
+    with pytest.raises(RuntimeError, match=r"NewtonKrylov looks.*Anderson or Broyden"):
+        torch.func.vmap(torch.func.grad(slope))(torch.tensor([0.1, 0.2], dtype=torch.float64))
+
+
+def test_auto_warns_where_the_adjoint_system_is_singular() -> None:
+    """``f(y) = y + x − 1`` at slope 1: ``I − Jᵀ`` is zero, and no gradient exists."""
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    slope = torch.tensor([[0.5], [1.0]], dtype=torch.float64)
+    y0 = torch.zeros(2, 3, dtype=torch.float64)
+    solution = fixed_point(lambda y: slope * y + (x - 1), y0, gradient=implicit.Auto())
+    with pytest.warns(implicit.ConvergenceWarning, match=r"1 of 2 samples"):
+        (found,) = torch.autograd.grad(solution.value.sum(), x)
+    torch.testing.assert_close(found[0], torch.full_like(found[0], 2.0), rtol=1e-3, atol=0)
+    assert solution.adjoints[0].error.tolist()[1] == math.inf
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), implicit.Auto()], ids=repr)
+def test_a_gradient_that_is_not_a_number_is_told(gradient: Gradient) -> None:
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    solution = fixed_point(lambda y: 0.5 * y + x, torch.zeros_like(x), gradient=gradient)
+    v = torch.tensor([[1.0] * 3, [math.nan] * 3], dtype=torch.float64)
+    with pytest.warns(implicit.ConvergenceWarning, match=r"1 of 2 samples"):
+        (found,) = torch.autograd.grad(solution.value, x, v)
+    torch.testing.assert_close(found[0], torch.full_like(found[0], 2.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_adjoint_that_grows_until_it_overflows_is_told(dtype: torch.dtype) -> None:
+    x = torch.ones(1, 3, dtype=dtype, requires_grad=True)
+    gradient = Implicit(implicit.Naive(), Tolerance(rtol=1e-3, atol=0.0, max_steps=3000))
+    solution = fixed_point(lambda y: 1.5 * y + x, -2 * x.detach(), gradient=gradient)
+    with pytest.warns(implicit.ConvergenceWarning):
+        torch.autograd.grad(solution.value.sum(), x)

@@ -162,3 +162,33 @@ def test_maps_keep_their_layout_when_samples_leave() -> None:
     )
     assert min(size for size, _ in seen) < 4 and all(kept for _, kept in seen)
     torch.testing.assert_close(found.value, maps.mean((2, 3)) / (1 - rates), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("apart", [1, 8], ids=["neighbours", "halves"])
+def test_rows_that_are_mixed_in_pairs_stay_together(apart: int) -> None:
+    """Two views of each sample, say: the two rows with the longest way are a pair."""
+    for seed in range(5):
+        generator = torch.manual_seed(seed)
+        slope = torch.rand(8, 1, generator=generator, dtype=torch.float64) * 0.95
+        slope = slope.repeat_interleave(2, 0) if apart == 1 else slope.repeat(2, 1)
+        x = torch.randn(16, 4, generator=generator, dtype=torch.float64)
+
+        def f(y: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+            if apart == 1:
+                other = y.reshape(-1, 2, 4).flip(1).reshape_as(y)
+            else:
+                other = y.roll(len(y) // 2, 0)
+            return slope * (0.5 * y + 0.5 * other) + x
+
+        stop = implicit.Tolerance(rtol=0.0, atol=1e-10, max_steps=2000)
+        found = implicit.fixed_point(
+            f, torch.zeros_like(x), solver=implicit.Naive(), stop=stop, args=(slope, x)
+        )
+        assert found.converged.all()
+        residual = torch.linalg.vector_norm(f(found.value, slope, x) - found.value, dim=1)
+        assert (residual <= TIGHT.atol * (1 + 1e-6)).all()
+
+
+def test_a_select_that_cannot_be_called_is_refused_before_the_solve() -> None:
+    with pytest.raises(TypeError, match=r"select must be callable"):
+        implicit.fixed_point(torch.cos, torch.zeros(1, 1), select=3)  # type: ignore[arg-type]

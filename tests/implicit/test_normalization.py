@@ -349,3 +349,8 @@ def test_uncontract_refuses_what_was_not_contracted() -> None:
 
 def test_repr_shows_the_bound() -> None:
     assert "bound=0.7" in repr(contract(nn.Linear(2, 2), 0.7))
+
+
+def test_what_is_no_module_has_no_weights() -> None:
+    with pytest.raises(TypeError, match=r"contract: .*cos.* is no torch.nn.Module"):
+        contract(torch.cos)  # type: ignore[type-var]

@@ -500,3 +500,66 @@ def test_correction_refuses_what_it_cannot_use() -> None:
             fixed_point_correction(torch.cos, solution, torch.sum, gamma=gamma)
     with pytest.raises(ValueError, match="k=0"):
         fixed_point_correction(torch.cos, solution, torch.sum, k=0)
+
+
+# -- Krylov spaces that end early: nothing is left but rounding error ------------------------------
+
+
+def rank_one(size: int) -> Tensor:
+    return torch.full((size, size), 0.7 / size, dtype=torch.float64)
+
+
+def two_eigenvalues(size: int) -> Tensor:
+    half = size // 2
+    return torch.diag(torch.tensor([0.9] * half + [-0.95] * (size - half), dtype=torch.float64))
+
+
+def turned(size: int) -> Tensor:
+    """Quarter turns about 0.5."""
+    turn = torch.tensor([[0.5, 1.0], [-1.0, 0.5]], dtype=torch.float64)
+    return torch.block_diag(*[turn] * (size // 2))
+
+
+def shifted(size: int) -> Tensor:
+    """A permutation of four cycles."""
+    return torch.block_diag(*[torch.eye(size // 4, dtype=torch.float64).roll(1, 0)] * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("matrix", "radius", "norm"),
+    [
+        (rank_one(20), 0.7, 0.7),
+        (rank_one(300), 0.7, 0.7),
+        (two_eigenvalues(100), 0.95, 0.95),
+        (turned(40), 1.25**0.5, 1.25**0.5),
+        (shifted(40), 1.0, 1.0),
+        (0.5 * torch.eye(64, dtype=torch.float64), 0.5, 0.5),
+        (torch.zeros(8, 8, dtype=torch.float64), 0.0, 0.0),
+    ],
+    ids=["rank one", "rank one, large", "two", "turned", "permutation", "multiple", "zero"],
+)
+def test_radius_and_norm_where_the_krylov_space_ends_early(
+    matrix: Tensor, radius: float, norm: float, dtype: torch.dtype
+) -> None:
+    matrix = matrix.to(dtype)
+    y = torch.ones(3, len(matrix), dtype=dtype)
+    expected = torch.full((3,), radius, dtype=dtype)
+    found = implicit.spectral_radius(lambda y: y @ matrix, y)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    lipschitz = implicit.lipschitz_estimate(lambda y: y @ matrix, y)
+    torch.testing.assert_close(lipschitz, torch.full_like(expected, norm), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_radius_never_exceeds_the_norm(seed: int, dtype: torch.dtype) -> None:
+    generator = torch.manual_seed(seed)
+    low = torch.randn(64, 4, generator=generator, dtype=dtype) / 8
+    high = torch.randn(4, 64, generator=generator, dtype=dtype) / 8
+    y = torch.randn(2, 64, generator=generator, dtype=dtype)
+    radius = implicit.spectral_radius(lambda y: y @ low @ high, y)
+    norm = torch.linalg.matrix_norm(low @ high, 2)
+    assert (radius <= norm * (1 + 1e-5)).all()
+    true = torch.linalg.eigvals(low @ high).abs().max()
+    torch.testing.assert_close(radius, true.expand(2), rtol=1e-3, atol=1e-5)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit
-from implicit import Status
+from implicit import Status, Tolerance, fixed_point
 from implicit.stopping import Norm, batch_norm_of
 
 SOLVERS = [implicit.Naive(), implicit.Naive(0.6), implicit.Anderson(), implicit.Broyden()]
@@ -536,3 +536,37 @@ def test_a_distance_is_one_number_for_each_sample() -> None:
     stop = implicit.Tolerance(rtol=0.0, atol=1.0, norm=lambda y, fy: fy - y)
     with pytest.raises(ValueError, match=r"shape \(2, 3\): it must be one number for each sample"):
         implicit.fixed_point(torch.cos, torch.zeros(2, 3), stop=stop)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("slope", [1.5, 10.0])
+def test_a_sample_whose_length_overflows_has_not_converged(
+    dtype: torch.dtype, slope: float
+) -> None:
+    """An infinite ``‖f(y)‖`` allows any residual; the residual itself may still be finite."""
+    y0 = torch.ones(2, 3, dtype=dtype)
+    stop = Tolerance(max_steps=2000)
+    with torch.no_grad():
+        for solver in (implicit.Naive(), implicit.Naive(0.5)):
+            found = fixed_point(lambda y: slope * y + 1, y0, solver=solver, stop=stop)
+            assert (found.status == Status.DIVERGED).all()
+            assert not (found.relative_residual < 1e-3).any()
+        best = fixed_point(
+            lambda y: slope * y + 1, y0, solver=implicit.Best(implicit.Naive()), stop=stop
+        )
+    torch.testing.assert_close(best.value, y0)
+
+
+@pytest.mark.parametrize("norm", ["l2", "rms", "max"])
+def test_a_residual_whose_square_vanishes_does_not(norm: Any) -> None:
+    """In float32 the square of 1e-25 is zero."""
+    y0 = torch.zeros(1, 3)
+    found = fixed_point(
+        lambda y: 1e-25 * torch.cos(y / 1e-25),
+        y0,
+        solver=implicit.Naive(),
+        stop=Tolerance(rtol=1e-4, atol=0.0, norm=norm),
+    )
+    right = (found.value / 1e-25 - 0.739085).abs().max() < 1e-3
+    assert right or not found.converged.any()
+    assert (found.residual > 0).all()

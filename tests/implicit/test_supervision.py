@@ -164,15 +164,17 @@ def test_positions_are_the_set_of_the_equation(m: int, c: int, beyond: int) -> N
 @pytest.mark.parametrize(
     ("m", "c", "t", "match"),
     [
-        (7, 3, 20, r"the last multiple, 21, lies beyond the path of 20 steps.*m ≤ 6"),
-        (1, 2, 1, r"the last multiple, 2, lies beyond the path of 1 steps"),
-        (-1, 3, 20, r"m ≥ 0, C ≥ 1 and T ≥ 1"),
-        (1, 0, 20, r"m ≥ 0, C ≥ 1 and T ≥ 1"),
-        (0, 1, 0, r"m ≥ 0, C ≥ 1 and T ≥ 1"),
+        (7, 3, 20, r"m=7, C=3, T=20\): the last multiple, 21, lies beyond .* 20 steps.*m ≤ 6"),
+        (1, 2, 1, r"m=1, C=2, T=1\): the last multiple, 2, lies beyond the path of 1 steps"),
+        (-1, 3, 20, r"positions\(m=-1\): must be an integer of at least 0"),
+        (1, 0, 20, r"positions\(C=0\): must be an integer of at least 1"),
+        (0, 1, 0, r"positions\(T=0\): must be an integer of at least 1"),
+        ("a", 1, 5, r"positions\(m='a'\): must be an integer"),
+        (1, 2.5, 9, r"positions\(C=2.5\): must be an integer"),
     ],
 )
-def test_bad_positions(m: int, c: int, t: int, match: str) -> None:
-    with pytest.raises(ValueError, match=rf"positions\(m={m}, C={c}, T={t}\): {match}"):
+def test_bad_positions(m: Any, c: Any, t: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
         positions(m, c, t)
 
 
@@ -895,9 +897,58 @@ def test_bad_positions_of_supervision(at: tuple[int, ...]) -> None:
         run(Cell(), *inputs(), at=at)
 
 
-def test_bptt_cannot_supervise() -> None:
-    with pytest.raises(ValueError, match=r"BPTT.*use RAG\(k\).*fixed_point"):
-        run(Cell(), *inputs(), gradient=BPTT())
+def test_bptt_needs_a_solver_that_has_derivatives() -> None:
+    with pytest.raises(ValueError, match=r"NewtonKrylov.*cannot be differentiated step by step"):
+        run(Cell(), *inputs(), gradient=BPTT(), solver=implicit.NewtonKrylov())
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_bptt_supervises_the_path_itself(solver: implicit.Solver) -> None:
+    """The same as the losses on the states of a solve whose path is in the graph."""
+    cell, (x, target) = Cell(), inputs()
+    x.requires_grad_()
+    supervision = run(cell, x, target, gradient=BPTT(), solver=solver)
+    path = fixed_point(
+        lambda y: cell(y, x),
+        torch.zeros_like(target),
+        solver=solver,
+        stop=Steps(AT[-1]),
+        gradient=BPTT(),
+        path=AT,
+    ).path
+    expected = [loss_to(target)(y, n) for n, y in zip(AT, path, strict=True)]
+    torch.testing.assert_close(supervision.losses, torch.stack(expected).detach())
+    wanted = x, cell.weight, cell.bias
+    torch.testing.assert_close(
+        torch.autograd.grad(supervision.loss, wanted), torch.autograd.grad(total(expected), wanted)
+    )
+
+
+def test_bptt_sees_the_noise_of_the_path_and_has_second_derivatives() -> None:
+    noise = Perturbation(lambda y, generator: y * (1 + torch.rand(1, generator=generator)), 1.0)
+    cell, (x, target) = Cell(), inputs()
+
+    def loss(x: Tensor) -> Tensor:
+        return run(
+            cell,
+            x,
+            target,
+            gradient=BPTT(),
+            at=(2, 3),
+            perturbation=(noise,),
+            generator=torch.manual_seed(0),
+        ).loss
+
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(loss, x)
+    assert torch.autograd.gradgradcheck(loss, x)
+
+
+def test_bptt_keeps_no_graph_where_none_is_wanted() -> None:
+    with torch.no_grad():
+        supervision = run(Cell(), *inputs(), gradient=BPTT())
+    assert not supervision.loss.requires_grad
+    assert not supervision.value.requires_grad
 
 
 @pytest.mark.parametrize("gradient", ["rag", RAG, 2, None])
@@ -1050,3 +1101,51 @@ def test_a_loss_scale_that_is_none_is_refused(loss_scale: float) -> None:
         supervise(
             torch.cos, torch.zeros(1, 1), lambda y, n: y.sum(), at=(1,), loss_scale=loss_scale
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"at": 5}, r"at=5: positions are a sequence"),
+        ({"at": iter((1, 2))}, r"at=.*positions are a sequence"),
+        ({"loss": None}, r"loss must be callable"),
+        ({"args": torch.zeros(2, 3)}, r"args is a Tensor: give a tuple"),
+        ({"parameters": nn.Linear(3, 3)}, r"parameters is a Linear.*module.parameters\(\)"),
+        ({"parameters": torch.zeros(3)}, r"parameters is a Tensor"),
+        ({"parameters": nn.Linear(3, 3).named_parameters()}, r"parameters holds a tuple"),
+        ({"parameters": {"weight": torch.zeros(3)}}, r"parameters holds a str"),
+        ({"perturbation": Perturbation(GaussianNoise(0.1), 0.2)}, r"pass a sequence"),
+        ({"perturbation": ("noise",)}, r"perturbation='noise' is not a perturbation"),
+        ({"generator": 0}, r"generator=0 is not a generator"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_of_supervision(options: dict[str, Any], match: str) -> None:
+    given: dict[str, Any] = {"loss": lambda y, position: y.sum(), "at": (1, 2)} | options
+    loss = given.pop("loss")
+    with pytest.raises((TypeError, ValueError), match=match):
+        supervise(torch.cos, torch.zeros(2, 3), loss, **given)
+
+
+@pytest.mark.parametrize("mode", ["jvp", "grad", "dual"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of torch itself, in forward mode
+def test_supervision_under_transforms_says_what_to_use(mode: str) -> None:
+    cell, (x, target) = Cell(), inputs()
+
+    def loss(x: Tensor, gradient: Gradient = RAG(2)) -> Tensor:
+        return run(cell, x, target, gradient=gradient, at=(1, 3)).loss
+
+    def derivative(gradient: Gradient) -> Tensor:
+        if mode == "grad":
+            return (torch.func.grad(loss)(x, gradient) * target).sum()
+        if mode == "jvp":
+            return torch.func.jvp(lambda x: loss(x, gradient), (x,), (target,))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, target)
+            return torch.autograd.forward_ad.unpack_dual(loss(dual, gradient)).tangent
+
+    with pytest.raises(RuntimeError, match=r"supervise.*backward\(\).*BPTT\(\)"):
+        derivative(RAG(2))
+    (exact,) = torch.autograd.grad(loss(x.requires_grad_(), BPTT()), x)
+    x.requires_grad_(False)
+    torch.testing.assert_close(derivative(BPTT()), (exact * target).sum())

@@ -117,13 +117,15 @@ def test_limited_broyden_overwrites_its_history_in_a_circle_and_diverges() -> No
 def test_broyden_takes_a_batch_of_one_for_stagnation() -> None:
     """The spread over the batch, which is none, stands where that over time should."""
     f, start = symmetric(55, -0.99, 0.99), torch.zeros(1, 55, dtype=torch.float64)
-    # torchdeq
-    figures = theirs("broyden")(f, start, max_iter=300, tol=1e-8)[2]
-    assert 1e-8 < figures["abs_lowest"] < 3e-8 and figures["nstep"] < 300
-    further = theirs("broyden")(f, start, max_iter=300, tol=1e-9)[2]
-    assert further["abs_lowest"] < 1e-8  # a few steps more, and it would have got there
+    # torchdeq, whose trace is rounded differently on other processors
+    trace = theirs("broyden")(f, start, max_iter=300, tol=1e-13)[2]["abs_trace"][0]
+    # Half of a residual after more than 30 steps: what is below three times that ends the solve.
+    tol = float(trace[40]) / 2
+    figures = theirs("broyden")(f, start, max_iter=300, tol=tol)[2]
+    assert figures["abs_lowest"] > tol and figures["nstep"] < 300
+    assert trace.min() < tol / 10  # a few steps more, and it would have got there
     # ours
-    found = fixed_point(f, start, solver=Broyden(), stop=absolute(1e-8, 300))
+    found = fixed_point(f, start, solver=Broyden(), stop=absolute(tol, 300))
     assert found.converged.all()
 
 
