@@ -142,6 +142,7 @@ class ConvergenceLogger:
 
     def add(self, solution: Solution) -> None:
         """Remember the figures of ``solution``, not its value."""
+        check_kind("solution", solution, Solution, "what fixed_point(...) returns")
         figures = (
             solution.status,
             solution.steps,

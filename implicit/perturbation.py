@@ -113,7 +113,7 @@ class NormScaledNoise:
     """``(1 − σ) q + σ ‖q‖₂ n`` with ``n ~ N(0, I)`` per element (Eq. 16).
 
     The norm is taken over the last dimension of each leaf, so the noise vector is about
-    ``σ √C`` times as long as ``q`` for ``C`` channels.
+    ``σ √C`` times as long as ``q`` for ``C`` channels.  A leaf ``(B,)`` has one channel.
 
     Example:
         >>> import torch
@@ -128,7 +128,8 @@ class NormScaledNoise:
 
     def __call__(self, state: State, generator: RandomSource | None = None) -> State:
         def noisy(leaf: Tensor) -> Tensor:
-            length = torch.linalg.vector_norm(leaf, dim=-1, keepdim=True)
+            alone = leaf.dim() == 1  # its only dimension is the batch
+            length = leaf.abs() if alone else torch.linalg.vector_norm(leaf, dim=-1, keepdim=True)
             return (1 - self.sigma) * leaf + self.sigma * length * standard_normal(leaf, generator)
 
         return pytree.tree_map(noisy, state)

@@ -65,6 +65,9 @@ class Solution:
     Attributes:
         value: the state ``y*``, in the structure of ``y0``; differentiable as the gradient says.
         aux: the auxiliary output of the last evaluation of ``f`` (``None`` without ``has_aux``).
+            Its gradient goes back through what the gradient tracks, so of `JFB`, `Neumann`,
+            `Implicit` and `Auto` it takes the state that ``f`` was given for a constant: for the
+            whole derivative take a function of ``value``.
         status: ``(B,)`` int64, values of `Status`.
         steps: ``(B,)`` int64, solver steps that moved each sample.
         evaluations: ``(B,)`` int64, evaluations of ``f`` each sample needed (gradient excluded).

@@ -87,6 +87,8 @@ def solve(
     outcome = iterate(
         problem, y0, solver, stop.n, visit=visit, trace=trace, memory=memory, keep=keep_memory
     )
+    if solver.keeps_best and stop.n in path:
+        states[-1] = outcome.value
     outcome.path = states
     return outcome
 
@@ -269,7 +271,7 @@ class _Run:
             residual,
             relative,
             self.traced,
-            [self.states.get(n, y) for n in path],
+            [y if n == self.stop.max_steps else self.states.get(n, y) for n in path],
             self._exported() if keep_memory else None,
         )
 

@@ -14,7 +14,14 @@ from detection.decoder.movement import Settled
 from detection.decoder.sparse_rcnn import SparseRCNNLayerConfig
 
 Solver = implicit.Naive | implicit.Anderson | implicit.Broyden
-Gradient = implicit.RAG | implicit.JFB | implicit.Neumann | implicit.Phantom | implicit.Implicit
+Gradient = (
+    implicit.RAG
+    | implicit.JFB
+    | implicit.Neumann
+    | implicit.Phantom
+    | implicit.Implicit
+    | implicit.BPTT
+)
 
 
 @dataclass(frozen=True)

@@ -463,6 +463,33 @@ def test_the_configured_solver_walks_in_training() -> None:
     check_against_the_loop(replace(EQUILIBRIUM, solver=solver, perturbation=noise))
 
 
+def test_losses_through_the_whole_path_are_those_of_a_loop() -> None:
+    none = PerturbationConfig(content=0.0, position=0.0)
+    config = replace(EQUILIBRIUM, gradient=implicit.BPTT(), perturbation=none)
+    decoder, maps, start = decoder_of(config), features(), queries()
+    assert isinstance(decoder, EquilibriumDecoder) and decoder.initial is not None
+    score = criterion(dtype=torch.float64)
+
+    def scored(layer: nn.Module, state: Queries) -> Tensor:
+        return score(layer.classify(state.content), state.boxes)[0]
+
+    state = decoder.initial(start, maps)
+    wanted, chained = [scored(decoder.initial, state)], state
+    for _ in range(config.extra_supervision):
+        chained = decoder.refinement(chained, maps)
+        wanted.append(scored(decoder.refinement, chained))
+    state = Queries(*(part.detach() for part in state))
+    for n in range(1, config.train_steps + 1):
+        state = decoder.refinement(state, maps)
+        if n in config.positions:
+            wanted.append(scored(decoder.refinement, state))
+    losses = decoder.losses(maps, start, score)
+    check_gradients(
+        gradients(losses.total, decoder, maps, start),
+        gradients(torch.stack(wanted).sum(), decoder, maps, start),
+    )
+
+
 def test_the_generator_decides_the_noise() -> None:
     decoder, maps, start = decoder_of(DECODERS["perturbed"]), features(), queries()
     score = criterion(dtype=torch.float64)
@@ -484,7 +511,13 @@ def test_noise_is_for_training_alone() -> None:
 
 @pytest.mark.parametrize(
     "gradient",
-    [implicit.JFB(), implicit.Neumann(2), implicit.Phantom(2, 0.5), implicit.RAG(3)],
+    [
+        implicit.JFB(),
+        implicit.Neumann(2),
+        implicit.Phantom(2, 0.5),
+        implicit.RAG(3),
+        implicit.BPTT(),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("solver", [implicit.Naive(), implicit.Anderson(), implicit.Broyden()])

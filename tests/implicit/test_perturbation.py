@@ -528,3 +528,11 @@ def test_the_residual_is_that_of_the_last_step() -> None:
 def test_parts_that_no_batch_has_are_refused(make: Callable[[], Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_noise_of_one_number_for_each_sample_knows_no_neighbours() -> None:
+    noise = NormScaledNoise(0.3)
+    few = noise(torch.tensor([1.0, 2.0]), torch.manual_seed(0))
+    many = noise(torch.tensor([1.0, 2000.0]), torch.manual_seed(0))
+    assert few[0] == many[0]
+    torch.testing.assert_close(many[1], 1000 * few[1])

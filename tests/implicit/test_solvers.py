@@ -1254,3 +1254,18 @@ def test_the_oldest_of_the_pairs_handed_on_is_the_first_to_go() -> None:
     residuals, images = history.export()
     # The slot of the pair now oldest is where the next image would wait.
     assert residuals[0, 1:, 0].tolist() == [3, 4] and images[0, 1:, 0].tolist() == [30, 40]
+
+
+@pytest.mark.parametrize("stop", [Steps(6), implicit.Tolerance(rtol=1e-9, max_steps=6)], ids=repr)
+def test_the_end_of_the_path_is_the_best_iterate_where_that_is_the_answer(stop: Any) -> None:
+    with torch.no_grad():
+        found = fixed_point(
+            lambda y: 3 * y + 1,
+            torch.ones(2, 3, dtype=torch.float64),
+            solver=implicit.Best(implicit.Naive()),
+            stop=stop,
+            path=(2, 6),
+        )
+    assert torch.equal(found.path[-1], found.value)
+    torch.testing.assert_close(found.value, torch.ones(2, 3, dtype=torch.float64))
+    torch.testing.assert_close(found.path[0], torch.full((2, 3), 13.0, dtype=torch.float64))
