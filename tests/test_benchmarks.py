@@ -356,6 +356,8 @@ def test_memory_of_a_small_layer_is_what_theory_says() -> None:
     # tanh keeps its output, the linear layer its input, and the loss the state.
     assert kept["RAG(k)", 3] - kept["RAG(k)", 1] == 2 * state
     assert kept["Neumann(k)", 3] == kept["Neumann(k)", 1] == kept["JFB", 1]
+    peak = {(row.gradient, row.k): row.peak for row in rows}
+    assert peak["Neumann(k)", 3] - peak["JFB", 1] < state  # no term is held beside the sum
     flat = gradient_memory.by_positions(subject, (1, 4), steps=6)
     assert flat[0].kept == flat[1].kept
 

@@ -90,10 +90,10 @@ class Neumann(AdjointGradient):
         return False
 
     def inverse(self, product: Map, v: Tensor, eps: float) -> tuple[Tensor, Adjoint]:
-        term = total = v
-        for _ in range(self.k - 1):
-            term = product(term)
-            total = total + term
+        total = v
+        for _ in range(self.k - 1):  # Horner's rule: the terms themselves need not be held
+            total = product(total)
+            total = v + total
         products = torch.full((len(v),), self.k - 1, device=v.device)
         return total, Adjoint(products, torch.full_like(products, torch.nan, dtype=v.dtype))
 
