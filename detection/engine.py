@@ -2,48 +2,42 @@
 
 Eagerly, 25 refinements are some two thousand small kernels, and the host needs longer to launch
 them than the device to run them.  A CUDA graph is launched as a whole.  It replays what was
-recorded for one shape of images, so there is one graph for each shape, recorded at its first use.
+recorded for one shape of images, so there is one graph for each shape, recorded at its first use
+(`detection.cuda_graphs`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from threading import Lock
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from detection.cuda_graphs import Recorded
 from detection.decoder.sparse_rcnn import SparseRCNNLayer
 from detection.models.decoders import EquilibriumDecoder, Output
 from detection.models.detector import Detector
-
-WARM_UP = 3
-"""Eager runs before a graph is recorded, in which libraries choose their kernels."""
-
-
-class _Recorded(NamedTuple):
-    graph: torch.cuda.CUDAGraph
-    images: Tensor
-    sizes: Tensor
-    output: Output
 
 
 class Engine:
     """``engine(images, sizes)`` is ``model(images, sizes)``, faster on a GPU.
 
     Every image takes the same number of refinements there, since a graph cannot wait to see whether
-    an image is done: those of the configuration, or its most where that says ``"auto"``.  Matrix
-    products run in ``dtype``; boxes, and the logarithms of their overlaps, stay in float32.
-    Calls wait for each other, and belong on one stream.  Elsewhere than on a GPU nothing is
-    recorded, and neither is Sparse R-CNN's layer, which waits for the device: the model then runs
-    as it does without an engine.
+    an image is done: those of the configuration, or its most where that says ``"auto"``.  But for
+    that its output is the model's, ``queries`` and ``steps`` included.  Matrix products run in
+    ``dtype``; boxes, and the logarithms of their overlaps, stay in float32.  Calls wait for each
+    other, and belong on one stream.  Elsewhere than on a GPU nothing is recorded, and neither is
+    Sparse R-CNN's layer, which waits for the device: the model then runs as it does without an
+    engine.
 
     Args:
         model: on the device where it is to run; put in evaluation mode.  Its weights must not move
             to other memory afterwards; new values in the same memory are seen.
         dtype: of matrix products: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``.
-        most_shapes: graphs that are kept; the one that was not used for longest goes.
+        most_shapes: graphs that are kept, each with memory of its own; the one that was not used
+            for longest goes.
 
     Raises:
         ValueError: if ``dtype`` is another, or ``most_shapes`` is below 1.
@@ -66,59 +60,42 @@ class Engine:
         self.model, self.dtype, self.most_shapes = model.eval(), dtype, most_shapes
         self._can_record = not any(isinstance(m, SparseRCNNLayer) for m in model.modules())
         self._lock = Lock()
-        self._recorded: OrderedDict[tuple[torch.Size, torch.dtype], _Recorded] = OrderedDict()
+        self._recorded: OrderedDict[tuple[Any, ...], Recorded] = OrderedDict()
 
-    # Not `inference_mode`, in which autocast casts a weight anew at every refinement.
+    # Not in inference mode, in which autocast casts a weight anew at every refinement; nor could
+    # the buffers of a graph that was recorded in it be written to outside of it.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, images: Tensor, sizes: Tensor) -> Output:
         """The output for ``images (B, 3, H, W)`` and ``sizes (B, 2)``, on the model's device."""
-        if not self.model.pixel_mean.is_cuda or not self._can_record:
-            device = self.model.pixel_mean.device
-            return self._run(images.to(device), sizes.to(device))
+        if not self._records:
+            return self._run(images.to(self._device), sizes.to(self._device))
         with self._lock:
             return self._replay(images, sizes)
 
-    def _replay(self, images: Tensor, sizes: Tensor) -> Output:
-        key = images.shape, images.dtype
-        if key not in self._recorded:
-            self._recorded[key] = self._record(images, sizes)
-        self._recorded.move_to_end(key)
-        if len(self._recorded) > self.most_shapes:
-            self._recorded.popitem(last=False)
-        recorded = self._recorded[key]
-        recorded.images.copy_(images)
-        recorded.sizes.copy_(sizes)
-        recorded.graph.replay()
-        # The next replay writes to the same memory.
-        return Output(recorded.output.logits.clone(), recorded.output.boxes.clone())
+    @property
+    def _device(self) -> torch.device:
+        return self.model.pixel_mean.device
 
-    def _record(self, images: Tensor, sizes: Tensor) -> _Recorded:
-        device = self.model.pixel_mean.device
-        images, sizes = images.to(device, copy=True), sizes.to(device, copy=True)
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._run(images, sizes)
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # A weight that was cast before lies in memory that the graph does not own.
-        torch.clear_autocast_cache()
-        try:
-            # Threads of a data loader may go on with what they do meanwhile.
-            with (
-                torch.cuda.device(device),
-                torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
-            ):
-                output = self._run(images, sizes)
-        finally:
-            torch.clear_autocast_cache()
-        return _Recorded(graph, images, sizes, output)
+    @property
+    def _records(self) -> bool:
+        return self._can_record and self._device.type == "cuda"
+
+    def _replay(self, images: Tensor, sizes: Tensor) -> Output:
+        # The configuration says how many refinements there are, and it may be changed.
+        key = images.shape, images.dtype, getattr(self.model.decoder, "config", None)
+        if key not in self._recorded:
+            while len(self._recorded) >= self.most_shapes:
+                self._recorded.popitem(last=False)  # before, so that its memory can be used
+            self._recorded[key] = Recorded(self._run, (images, sizes), self._device)
+        self._recorded.move_to_end(key)
+        output: Output = self._recorded[key](images, sizes)
+        return output
 
     def _run(self, images: Tensor, sizes: Tensor) -> Output:
         decoder = self.model.decoder
         with self._precision(images.device.type):
-            if images.is_cpu or not isinstance(decoder, EquilibriumDecoder):
+            if not (self._records and isinstance(decoder, EquilibriumDecoder)):
                 output: Output = self.model(images, sizes)
             else:
                 encoded = self.model.encode(images, sizes)

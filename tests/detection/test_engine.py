@@ -1,4 +1,4 @@
-"""The engine where there is no GPU: it is the model; and what it refuses."""
+"""The engine where there is no GPU: it is the model; what it refuses; and what it would record."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
+import recorded_graphs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import implicit
+from detection.cuda_graphs import Recorded
 from detection.engine import Engine
 from detection.models.detector import Detector
 from detection.recipes import recipe
@@ -103,3 +106,69 @@ def test_weights_are_cast_once_for_all_refinements() -> None:
             )
         counts.append(casts.count)
     assert counts[0] == counts[1] > 0
+
+
+def test_inference_mode_around_it_changes_nothing() -> None:
+    """Weights would be cast at each refinement, and buffers made in it could not be written to."""
+    detector = model()
+    with (
+        CastsOfWeights(detector.decoder.refinement.ffn.parameters()) as casts,
+        torch.inference_mode(),
+    ):
+        output = Engine(detector)(torch.zeros(1, 3, 64, 64), torch.tensor([[64, 64]]))
+    assert casts.count == 4 and not output.boxes.is_inference()  # two weights, two biases
+
+
+# -- what would be recorded, with a stand-in for CUDA graphs ---------------------------------------
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded_graphs.pretend(monkeypatch)
+    monkeypatch.setattr(Engine, "_records", True)
+
+
+def test_the_stand_in_replays_and_refuses_to_wait(recording: None) -> None:
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x.mul(2).add_(1)
+
+    graph = Recorded(doubled, (torch.ones(2),), torch.device("cpu"))
+    first = graph(torch.tensor([1.0, 2.0]))
+    assert graph(torch.tensor([3.0, 4.0])).tolist() == [7, 9] and first.tolist() == [3, 5]
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        Recorded(lambda x: x * x.sum().item(), (torch.ones(2),), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("solver", [implicit.Naive(), implicit.Anderson(memory=3)])
+def test_a_replay_gives_all_that_the_model_gives(recording: None, solver: implicit.Solver) -> None:
+    """Nothing in the whole model waits for the device, or depends on the first images."""
+    detector = model()
+    detector.decoder.config = replace(detector.decoder.config, solver=solver)
+    engine, found, wanted = Engine(detector, dtype=torch.float32), [], []
+    for seed in range(3):  # the first is recorded, the others replayed
+        torch.manual_seed(seed)
+        images, sizes = torch.rand(1, 3, 64, 96) * 255, torch.tensor([[64, 96 - seed]])
+        found.append(engine(images, sizes))
+        with torch.no_grad():
+            wanted.append(detector(images, sizes))
+    assert len(engine._recorded) == 1
+    for mine, eager in zip(found, wanted, strict=True):
+        assert mine.queries is not None and mine.steps.tolist() == [3]
+        torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_graphs_are_kept_by_shape_and_configuration(recording: None) -> None:
+    detector = model()
+    engine = Engine(detector, dtype=torch.float32, most_shapes=2)
+
+    def shapes(width: int) -> list[tuple[int, ...]]:
+        engine(torch.zeros(1, 3, 32, width), torch.tensor([[32, width]]))
+        return [tuple(key[0])[3:] for key in engine._recorded]
+
+    assert shapes(32) == [(32,)] and shapes(64) == [(32,), (64,)]
+    assert shapes(32) == [(64,), (32,)]  # used last
+    assert shapes(96) == [(32,), (96,)]
+    detector.decoder.config = replace(detector.decoder.config, steps=2)
+    assert shapes(96) == [(96,), (96,)]
+    output = engine(torch.zeros(1, 3, 32, 96), torch.tensor([[32, 96]]))
+    assert output.steps is not None and output.steps.tolist() == [2]
