@@ -83,7 +83,9 @@ def sample_pyramid(
 
     Maps with their channels last (``torch.channels_last``) are read faster, since the channels of
     a cell then lie side by side: on a CPU as rows of a table, on a GPU by one kernel
-    (`detection.decoder.triton_sampling`).  What other maps need for the backward pass is computed
+    (`detection.decoder.triton_sampling`).  The gradients of the maps are sums in an order of
+    chance there, so under `torch.use_deterministic_algorithms` they are read as rows where these
+    are wanted.  What other maps need for the backward pass is computed
     again there where it is much (`detection.decoder.recomputation`).
 
     Args:
@@ -105,7 +107,7 @@ def sample_pyramid(
     # Coordinates in bfloat16 would miss by pixels.
     points = points.to(torch.promote_types(points.dtype, features[0].dtype))
     if all(map(_has_channels_last, features)):
-        if points.is_cpu:
+        if points.is_cpu or _must_repeat(features):
             return _read_rows(points, features, strides)
         if triton_sampling is not None and triton_sampling.fits(points, features, groups):
             return triton_sampling.sample(points, features, strides, groups)
@@ -145,21 +147,31 @@ def _has_channels_last(feature: Tensor) -> bool:
     return feature.is_contiguous(memory_format=torch.channels_last)
 
 
+def _must_repeat(features: Sequence[Tensor]) -> bool:
+    """Whether the gradients of the maps must be the same bits each time."""
+    wanted = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)
+    return wanted and torch.are_deterministic_algorithms_enabled()
+
+
 def _read_rows(points: Tensor, features: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
     """Read maps whose channels lie side by side: a weighted sum of four rows for each level.
 
-    A map is then a table with a row of ``C/G`` numbers for each cell and group.  This is for the
-    CPU, where tensors may be made of Python numbers without waiting for anything.
+    A map is then a table with a row of ``C/G`` numbers for each cell and group.  Tensors are made
+    of Python numbers here, for which a GPU waits; it comes here only to be deterministic.
     """
     batch, queries, groups, count, _ = points.shape
+    device = points.device
     x, y, z = points.flatten(0, 3).T.contiguous()
-    shape = torch.tensor([feature.shape[-2:] for feature in features], dtype=torch.int32)
+    sizes = [feature.shape[-2:] for feature in features]
+    shape = torch.tensor(sizes, dtype=torch.int32, device=device)
     cells, weights = _neighbours(torch.stack([y, x]), strides, shape[..., None])
     # Every tensor from here on is (L, rows, columns, points): the longest loop is the inner one.
     height, width = shape.view(-1, 2, 1, 1, 1).unbind(1)
     row, column = cells[:, 0, :, None], cells[:, 1, None]
-    image = torch.arange(batch, dtype=torch.int32).repeat_interleave(queries * groups * count)
-    group = torch.arange(groups, dtype=torch.int32).repeat_interleave(count).repeat(batch * queries)
+    image = torch.arange(batch, dtype=torch.int32, device=device)
+    image = image.repeat_interleave(queries * groups * count)
+    group = torch.arange(groups, dtype=torch.int32, device=device)
+    group = group.repeat_interleave(count).repeat(batch * queries)
     index = ((row + image * height) * width + column) * groups + group
     level = _level_weights(z, strides)[:, None]
     weights = (weights[:, 0] * level)[:, :, None] * weights[:, 1, None]
@@ -187,7 +199,7 @@ def _neighbours(places: Tensor, strides: Sequence[int], shape: Tensor) -> tuple[
         strides: of the maps.
         shape: ``(L, 2, 1)`` int32, of the maps.
     """
-    per_pixel = torch.tensor([1 / stride for stride in strides], dtype=places.dtype)
+    per_pixel = places.new_tensor([1 / stride for stride in strides])
     # The centre of a cell is half a cell in.  More than a cell outside, nothing counts.
     centre = torch.minimum(places * per_pixel[:, None, None] - 0.5, shape).clamp_min(-1)
     first = centre.detach().floor()

@@ -6,12 +6,16 @@ and writes every level's samples to memory before they are added up; here a prog
 of sixteen cells for each of its points and writes one row.  Maps have their channels last, so a row
 is one run of memory.
 
+The gradients of the maps are added up by atomic operations, in an order of chance: not under
+`torch.use_deterministic_algorithms`, where `sample_pyramid` goes another way.
+
 It needs Triton, four levels, and a power of two of channels in a group.  Triton's interpreter
 (``TRITON_INTERPRET=1``) runs it on a CPU, which is how it is tested where there is no GPU.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +82,8 @@ class _Sample(torch.autograd.Function):
         points, *features = ctx.saved_tensors
         for_points = torch.zeros_like(points)
         maps = any(ctx.needs_input_grad[3:])
+        if maps and torch.are_deterministic_algorithms_enabled():
+            _refuse_or_warn()
         # Atomic additions need float32; the layout is that of the maps.
         for_maps = [
             torch.zeros_like(feature, dtype=torch.float32, memory_format=torch.channels_last)
@@ -106,6 +112,18 @@ class _Sample(torch.autograd.Function):
             None,
             *(found.to(feature.dtype) if asked else None for found, feature, asked in wanted),
         )
+
+
+def _refuse_or_warn() -> None:
+    """As torch does of its own operators; here only what was begun without asking comes by."""
+    message = (
+        "The gradient of the maps in detection.decoder.triton_sampling has no deterministic "
+        "implementation, and torch.use_deterministic_algorithms was set after the forward pass: "
+        "set it before."
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
 
 
 def _numbers(

@@ -19,7 +19,7 @@ from detection.decoder.layer import LayerConfig, RefinementLayer
 from detection.decoder.mixing import AdaptiveMixing
 from detection.decoder.movement import Settled
 from detection.decoder.queries import Queries
-from detection.decoder.sampling import Sampling3D, sample_pyramid
+from detection.decoder.sampling import Sampling3D, _read_rows, sample_pyramid
 
 STRIDES = (4, 8, 16, 32)
 HEIGHT, WIDTH = 32, 64
@@ -443,6 +443,14 @@ def test_jacobian_of_content() -> None:
         return refined.content, refined.boxes
 
     assert torch.autograd.gradcheck(by_content, (queries.content.requires_grad_(),), atol=1e-4)
+
+
+def test_rows_are_read_on_the_device_of_the_maps() -> None:
+    """A GPU reads them where its gradients must repeat; ``meta`` refuses what is elsewhere."""
+    features = in_layout(torch.channels_last, [feature.to("meta") for feature in pyramid()])
+    found = _read_rows(scattered_points().to("meta"), features, STRIDES)
+    assert found.device.type == "meta"
+    assert found.shape == (*scattered_points().shape[:-1], features[0].shape[1] // 2)
 
 
 def test_samples_of_a_batch_do_not_see_each_other() -> None:

@@ -88,6 +88,34 @@ for place in (float("nan"), float("inf"), -float("inf"), 1e30):
 """)
 
 
+def test_where_results_must_repeat_maps_are_read_as_rows_or_refused() -> None:
+    """Atomic additions come in an order of chance; a gradient of the points alone has none."""
+    run("""
+import warnings
+from detection.decoder import sampling
+
+onto = [m.requires_grad_() for m in maps]
+begun = sample(points, onto, STRIDES, 2).sum()
+torch.use_deterministic_algorithms(True)
+assert sampling._must_repeat(onto) and not sampling._must_repeat([m.detach() for m in onto])
+with torch.no_grad():
+    assert not sampling._must_repeat(onto)
+leaf = points.clone().requires_grad_()
+sample(leaf, [m.detach() for m in onto], STRIDES, 2).sum().backward()
+try:
+    begun.backward(retain_graph=True)
+except RuntimeError as error:
+    assert "has no deterministic implementation" in str(error)
+else:
+    raise AssertionError("not refused")
+torch.use_deterministic_algorithms(True, warn_only=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    begun.backward()
+assert any("has no deterministic implementation" in str(w.message) for w in caught)
+""")
+
+
 def test_no_points_and_what_does_not_fit() -> None:
     run("""
 assert sample(points[:, :0], maps, STRIDES, 2).shape == (2, 0, 2, 5, 16)
