@@ -10,9 +10,9 @@ Solving, gradients, supervision and perturbation of the last are those of `impli
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,21 @@ from implicit.perturbation import RandomSource
 Features = Sequence[Tensor]
 """Feature maps ``(B, C, H/s, W/s)`` for the strides ``s`` of the layer."""
 
-Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
-"""``criterion(logits, boxes)`` returns the loss and its parts, the latter detached."""
+
+class Criterion(Protocol):
+    """The loss of an output (`detection.training.losses.Criterion`).
+
+    Every output is scored by a call.  What it is scored against is asked for before, for all
+    outputs that are known at one time, since the host must wait for the device to know it.
+    """
+
+    def matches(self, predictions: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Any]:
+        """What each of some pairs of logits and boxes is scored against."""
+
+    def __call__(
+        self, logits: Tensor, boxes: Tensor, matches: Any = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss and its parts, the latter detached."""
 
 
 class Output(NamedTuple):
@@ -145,11 +158,13 @@ class _Scores:
         self.losses: dict[str, Tensor] = {}
         self.parts: dict[str, Tensor] = {}
 
-    def add(self, name: str, output: Output) -> None:
-        """Score an output whose loss goes into the total."""
-        loss, parts = self.criterion(output.logits, output.boxes)
-        self.totals.append(loss)
-        self.note(name, loss.detach(), parts)
+    def add(self, outputs: Mapping[str, Output]) -> None:
+        """Score outputs whose losses go into the total."""
+        matches = self.criterion.matches([(x.logits, x.boxes) for x in outputs.values()])
+        for (name, output), matched in zip(outputs.items(), matches, strict=True):
+            loss, parts = self.criterion(output.logits, output.boxes, matched)
+            self.totals.append(loss)
+            self.note(name, loss.detach(), parts)
 
     def note(self, name: str, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Record a loss whose gradient is taken care of elsewhere."""
@@ -185,9 +200,9 @@ class StackedDecoder(Decoder):
         generator: RandomSource | None = None,
         loss_scale: float = 1.0,
     ) -> Supervised:
+        outputs = enumerate(self.trajectory(features, queries), start=1)
         scores = _Scores(criterion)
-        for n, output in enumerate(self.trajectory(features, queries), start=1):
-            scores.add(f"layer{n}", output)
+        scores.add({f"layer{n}": output for n, output in outputs})
         return scores.supervised()
 
 
@@ -219,9 +234,9 @@ class RecurrentDecoder(Decoder):
         generator: RandomSource | None = None,
         loss_scale: float = 1.0,
     ) -> Supervised:
+        outputs = enumerate(self.trajectory(features, queries))
         scores = _Scores(criterion)
-        for n, output in enumerate(self.trajectory(features, queries)):
-            scores.add("init" if n == 0 else f"iter{n}", output)
+        scores.add({"init" if n == 0 else f"iter{n}": output for n, output in outputs})
         return scores.supervised()
 
 
@@ -230,6 +245,12 @@ class EquilibriumDecoder(Decoder):
 
     Training (paper, §3.3): losses on ``g``, on ``h`` applications of ``f`` chained to it, and on
     the perturbed path that starts at the detached output of ``g``, at the positions ``Ω``.
+
+    The first of these are matched with one wait for the device, and each position of the path with
+    another: its output is made and differentiated before the next one is there, which is why the
+    memory does not grow with their number.  To match all at once, each of them would have to be
+    computed without gradient before, and that takes longer than waiting
+    (`benchmarks.training_step`).
     """
 
     def __init__(self, layer: AnyLayerConfig, config: EquilibriumConfig) -> None:
@@ -329,13 +350,13 @@ class EquilibriumDecoder(Decoder):
         generator: RandomSource | None = None,
         loss_scale: float = 1.0,
     ) -> Supervised:
-        scores = _Scores(criterion)
-        start = self.first(queries, features)
-        scores.add("init", _read(self.first, start))
-        chained = start
+        chained = start = self.first(queries, features)
+        outputs = {"init": _read(self.first, start)}
         for n in range(1, self.config.extra_supervision + 1):
             chained = self.refinement(chained, features)
-            scores.add(f"init+{n}", _read(self.refinement, chained))
+            outputs[f"init+{n}"] = _read(self.refinement, chained)
+        scores = _Scores(criterion)
+        scores.add(outputs)
 
         def loss(state: Queries, position: int) -> tuple[Tensor, Mapping[str, Tensor]]:
             output = _read(self.refinement, state)

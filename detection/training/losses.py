@@ -18,6 +18,7 @@ from detection.boxes import generalized_iou
 from detection.distributed import Distributed
 from detection.training.matching import (
     Matcher,
+    Matches,
     MatchingCost,
     check_weights,
     focal,
@@ -76,6 +77,8 @@ def matched_queries(
 class Criterion:
     """The loss of predictions for one batch; made once per batch, called once per prediction.
 
+    Predictions that are known at one time are best matched together, by `matches`.
+
     Args:
         targets: the objects of each image; images and batches without objects are fine.
         sizes: ``(B, 2)`` height and width of the unpadded images, pixels.
@@ -108,12 +111,21 @@ class Criterion:
         self.boxes = torch.cat([target.boxes for target in targets])
         self.extent = image_extent(sizes)
 
-    def __call__(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def matches(self, predictions: Sequence[tuple[Tensor, Tensor]]) -> list[Matches]:
+        """What to call this with beside each of some predictions, for one wait for the device."""
+        return self.match.together(
+            [(single_precision_or_better(x), single_precision_or_better(b)) for x, b in predictions]
+        )
+
+    def __call__(
+        self, logits: Tensor, boxes: Tensor, matches: Matches | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of ``logits (B, N, K)`` and ``boxes (B, N, 4)`` (xyxy, pixels).
 
         With `focal` ``f``, the matched logits ``x⁺`` of the right class and all others ``x⁻``:
         ``class = Σ α f(−x⁺) + Σ (1−α) f(x⁻)``, ``l1 = Σ ‖(b − b')/(w,h,w,h)‖₁`` and
-        ``giou = Σ (1 − GIoU(b, b'))``, each divided by the normaliser.
+        ``giou = Σ (1 − GIoU(b, b'))``, each divided by the normaliser.  Without ``matches``, which
+        `matches` gives, they are made here.
 
         Returns:
             The weighted sum, a scalar that carries the gradient; and its terms ``class``, ``l1``
@@ -123,7 +135,7 @@ class Criterion:
             NonFiniteCost: if a prediction or a target is not finite.
         """
         logits, boxes = single_precision_or_better(logits), single_precision_or_better(boxes)
-        image, query, target = self.match(logits, boxes)
+        image, query, target = self.match(logits, boxes) if matches is None else matches
         w = self.weights
         on = logits[image, query, self.labels[target]]
         # All logits are counted as off; then the matched ones are moved to the other side.

@@ -97,10 +97,21 @@ class Matcher:
 
     def __call__(self, logits: Tensor, boxes: Tensor) -> Matches:
         """The cheapest pairs of each image, ``min(N, G)`` of them; see `match`."""
-        queries = logits.shape[1]
-        costs = self.costs(logits, boxes).cpu().numpy()  # the only wait for the device
-        if not np.isfinite(costs).all():
-            self._refuse(costs)
+        (found,) = self.together([(logits, boxes)])
+        return found
+
+    def together(self, predictions: Sequence[tuple[Tensor, Tensor]]) -> list[Matches]:
+        """The same for several predictions, each of logits and boxes, which wait only once."""
+        costs = torch.stack([self.costs(*prediction) for prediction in predictions])
+        costs_there = costs.cpu().numpy()  # the only wait for the device
+        if not np.isfinite(costs_there).all():
+            self._refuse(costs_there)
+        pairs = torch.from_numpy(np.stack([self._pairs(each) for each in costs_there]))
+        return [Matches(*each) for each in pairs.to(costs.device, non_blocking=True)]
+
+    def _pairs(self, costs: np.ndarray) -> np.ndarray:
+        """`Matches` as one array ``(3, M)``, of costs ``(B, N, G)``."""
+        queries = costs.shape[1]
         pairs = np.empty((3, sum(min(queries, count) for count in self.counts)), dtype=np.int64)
         start = first_target = 0
         for image, count in enumerate(self.counts):
@@ -110,13 +121,15 @@ class Matcher:
             pairs[1, start:end] = query
             pairs[2, start:end] = target + first_target
             start, first_target = end, first_target + count
-        return Matches(*torch.from_numpy(pairs).to(logits.device, non_blocking=True))
+        return pairs
 
     def _refuse(self, costs: np.ndarray) -> None:
-        bad = [self.image_ids[i] for i, c in enumerate(costs) if not np.isfinite(c).all()]
+        """``costs (K, B, N, G)`` of ``K`` predictions are not all finite."""
+        fine = np.isfinite(costs).all(axis=(0, 2, 3))
+        bad = [image_id for image_id, ok in zip(self.image_ids, fine, strict=True) if not ok]
         shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
         raise NonFiniteCost(
-            f"The matching costs of {len(bad)} of {len(costs)} images (image ids {shown}) are not "
+            f"The matching costs of {len(bad)} of {len(fine)} images (image ids {shown}) are not "
             "finite: the logits, the predicted boxes or the annotated boxes hold NaN or infinity. "
             "What helps: (a) a lower learning rate or a longer warm-up, (b) clipping the gradient, "
             "(c) looking at the annotations of these images."

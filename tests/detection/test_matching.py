@@ -116,6 +116,26 @@ def test_an_image_is_matched_as_if_it_were_alone() -> None:
         first += len(target.labels)
 
 
+def test_predictions_matched_together_are_matched_as_each_alone() -> None:
+    counts = [2, 0, 5]
+    _, _, targets, sizes = problem(0, queries=4, counts=counts)
+    predictions = [problem(seed, queries=4, counts=counts)[:2] for seed in range(3)]
+    matcher = Matcher(targets, sizes)
+    together = matcher.together(predictions)
+    assert len({tuple(found.query_index.tolist()) for found in together}) > 1
+    for found, prediction in zip(together, predictions, strict=True):
+        alone = matcher(*prediction)
+        assert all(mine.equal(other) for mine, other in zip(found, alone, strict=True))
+
+
+def test_one_prediction_among_several_that_is_not_finite_is_refused() -> None:
+    logits, boxes, targets, sizes = problem(0, queries=4, counts=[2, 3])
+    bad = logits.clone()
+    bad[1, 2] = float("nan")
+    with pytest.raises(NonFiniteCost, match=f"1 of 2 images .image ids {targets[1].image_id}."):
+        Matcher(targets, sizes).together([(logits, boxes), (bad, boxes)])
+
+
 def test_shuffled_queries_shuffle_the_assignment() -> None:
     logits, boxes, targets, sizes = problem(2, queries=7, counts=[4])
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ from detection.models.decoders import (
 )
 from detection.models.detector import PIXEL_MEAN, PIXEL_STD, Detector
 from detection.training.losses import Criterion, matched_queries
+from detection.training.matching import Matcher
 
 LAYER = LayerConfig(
     content_dim=32,
@@ -164,6 +165,23 @@ def test_losses(name: str, objects: int) -> None:
         torch.testing.assert_close(total, losses.total.detach(), rtol=1e-5, atol=0)
     boxes_count = float(losses.parts["l1"]) > 0 and float(losses.parts["giou"]) > 0
     assert boxes_count == (objects > 0)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_outputs_that_are_known_at_one_time_are_matched_with_one_wait(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that are not on the path; on the path each waits for its turn."""
+    matched: list[int] = []
+    together = Matcher.together
+
+    def counting(matcher: Matcher, predictions: Any) -> Any:
+        matched.append(len(predictions))
+        return together(matcher, predictions)
+
+    monkeypatch.setattr(Matcher, "together", counting)
+    detector(name).losses(images(), SIZES, criterion())
+    assert matched == ([3] if name in ("stacked", "recurrent") else [3, 1, 1, 1])
 
 
 @pytest.mark.parametrize("name", DECODERS)

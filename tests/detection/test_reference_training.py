@@ -46,11 +46,13 @@ numbers = cache(reference.numbers)
 class RecordingCriterion(Criterion):
     """Keeps what each output gave, in the order of the outputs."""
 
-    def __call__(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, logits: Tensor, boxes: Tensor, matches: Matches | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if not hasattr(self, "seen"):
             self.seen: list[tuple[dict[str, Tensor], Matches]] = []
-        loss, parts = super().__call__(logits, boxes)
-        self.seen.append((parts, self.match(logits, boxes)))
+        loss, parts = super().__call__(logits, boxes, matches)
+        self.seen.append((parts, matches or self.match(logits, boxes)))
         return loss, parts
 
 

@@ -92,8 +92,8 @@ def test_boxes_matching_and_losses_are_in_single_precision(
     seen: list[torch.dtype] = []
     score, costs = Criterion.__call__, Matcher.costs
 
-    def scoring(self: Criterion, logits: Tensor, boxes: Tensor) -> Any:
-        loss, parts = score(self, logits, boxes)
+    def scoring(self: Criterion, logits: Tensor, boxes: Tensor, matches: Any = None) -> Any:
+        loss, parts = score(self, logits, boxes, matches)
         seen.extend([boxes.dtype, loss.dtype, *(part.dtype for part in parts.values())])
         return loss, parts
 
