@@ -81,24 +81,32 @@ def _coco(
     return Entry(recipe, ap, source)
 
 
-def _digits(name: str, decoder: DecoderConfig, layer: AnyLayerConfig) -> Entry:
-    """The embedded digits on two CPU cores, from random weights."""
+def _small(
+    name: str,
+    decoder: DecoderConfig,
+    layer: AnyLayerConfig,
+    *,
+    size: int,
+    queries: int,
+    epochs: int,
+) -> Entry:
+    """An embedded data set on CPU cores, from random weights."""
     recipe = Recipe(
         name=name,
         model=ModelConfig(
             backbone=BackboneConfig("small", pretrained=False, frozen_stages=0),
             layer=layer,
             decoder=decoder,
-            num_queries=20,
+            num_queries=queries,
         ),
-        augmentation=AugmentationConfig(short_sides=(128,), max_size=128, horizontal_flip=0.0),
+        augmentation=AugmentationConfig(short_sides=(size,), max_size=size, horizontal_flip=0.0),
         optimization=OptimizationConfig(
             lr=1e-3,
             decoder_lr_multiplier=1.0,
             decoder_weight_decay=0.01,
             schedule="one_cycle",
             warmup_steps=100,
-            epochs=4,
+            epochs=epochs,
             batch_size=16,
         ),
         average=0.998,
@@ -108,11 +116,20 @@ def _digits(name: str, decoder: DecoderConfig, layer: AnyLayerConfig) -> Entry:
     return Entry(recipe)
 
 
+def _digits(name: str, decoder: DecoderConfig, layer: AnyLayerConfig) -> Entry:
+    return _small(name, decoder, layer, size=128, queries=20, epochs=4)
+
+
+def _scenes(name: str, decoder: DecoderConfig) -> Entry:
+    return _small(name, decoder, _SCENES_LAYER, size=256, queries=30, epochs=12)
+
+
 _P64 = LayerConfig(points=64)
 _LARGE_FIRST = EquilibriumConfig(initial_points=64)
 _LARGE_FIRST_RECURRENT = RecurrentConfig(steps=8, initial_points=64)
 # The published 25 px of noise belong to images of 800 px.
 _SMALL_NOISE = PerturbationConfig(position=4.0)
+_SCENES_NOISE = PerturbationConfig(position=8.0)
 _SMALL_LAYER = LayerConfig(
     content_dim=64,
     feature_channels=64,
@@ -123,6 +140,7 @@ _SMALL_LAYER = LayerConfig(
     ffn_channels=256,
     num_classes=10,
 )
+_SCENES_LAYER = replace(_SMALL_LAYER, num_classes=24)
 _SMALL_ROI_LAYER = SparseRCNNLayerConfig(
     content_dim=64,
     feature_channels=64,
@@ -145,6 +163,9 @@ _ENTRIES = (
     _digits(
         "deqdet_sparsercnn_digits", EquilibriumConfig(perturbation=_SMALL_NOISE), _SMALL_ROI_LAYER
     ),
+    _scenes("deqdet_scenes", EquilibriumConfig(initial_points=16, perturbation=_SCENES_NOISE)),
+    _scenes("rnndet_scenes", RecurrentConfig(initial_points=16)),
+    _scenes("adamixer_scenes", StackedConfig()),
     _coco("adamixer_r50_1x", StackedConfig(), 42.7, "Table 1"),
     _coco("adamixer_p64_r50_1x", StackedConfig(), 42.7, "Table 1", layer=_P64),
     _coco("rnndet_r50_1x", RecurrentConfig(), 43.4, "Table 1"),

@@ -1,4 +1,4 @@
-"""Data sets of COCO, YOLO and Pascal VOC, their check, transforms and loaders; the digits."""
+"""Data sets of COCO, YOLO and Pascal VOC, their check, transforms and loaders; digits, scenes."""
 
 from detection.data.checking import FolderReport, SplitReport, check_folder
 from detection.data.coco import CocoDataset, check_images
@@ -14,6 +14,7 @@ from detection.data.folders import (
 from detection.data.images import read_image
 from detection.data.loading import BatchLoader, collate, make_loader
 from detection.data.problems import Problem
+from detection.data.scenes import compose_scenes, scene_categories
 from detection.data.transforms import AugmentationConfig, eval_transform, train_transform
 from detection.data.types import Batch, Categories, Target
 
@@ -33,6 +34,7 @@ __all__ = [
     "check_images",
     "collate",
     "compose_digits",
+    "compose_scenes",
     "digits_categories",
     "eval_transform",
     "load_coco_folder",
@@ -41,6 +43,7 @@ __all__ = [
     "load_split",
     "make_loader",
     "read_image",
+    "scene_categories",
     "split_folder",
     "train_transform",
 ]

@@ -1,15 +1,12 @@
-"""One image of the digits data set: handwritten strokes composed on a crop of a photograph.
+"""What the images of the embedded data sets are drawn with: photographs, colours, strokes.
 
 A stroke is the level set of a cubic spline through the 8x8 pixels of its exemplar, so it is
-smooth at every size and its edge, and with it the box, is known to a fraction of a pixel.  A
-contrast guard looks at the photograph under and around the stroke before its colour is drawn:
-every digit can be read.
+smooth at every size and its edge, and with it the box, is known to a fraction of a pixel.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
@@ -24,76 +21,10 @@ EDGE_LEVEL = 0.5
 EDGE_SLOPE = 3.0
 """Steepest change of coverage with ink: what is left of a loop stays visible."""
 
-HEIGHTS = (20.0, 64.0)
-"""Shortest and tallest digit, in pixels, in an image of 128 pixels."""
-
-REFERENCE_SIZE = 128
-MOST_DIGITS = 5
-MAX_ANGLE = math.radians(12)
-MAX_SHEAR = 0.2
-MAX_STRETCH = 1.15
-MAX_IOU = 0.05
-OPACITY = (0.85, 1.0)
-PLACES = 6
-"""Places that are tried for a stroke before another one is drawn."""
-
-CONTRAST = 64.0
-"""Least difference of luminance, 0 to 255, between a stroke and what surrounds it."""
-
 CLEARANCE = 3
-"""Pixels around a stroke that count as its surroundings and that no other stroke may enter."""
+"""Pixels around an object that count as its surroundings."""
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class Materials:
-    """What the images of one split are made of.
-
-    Args:
-        exemplars: ``(n, 8, 8)`` ink between 0 and 1.
-        labels: ``(n,)`` the digit of each.
-        photographs: RGB images.
-    """
-
-    exemplars: np.ndarray
-    labels: np.ndarray
-    photographs: tuple[Image.Image, ...]
-
-
-def compose_image(
-    materials: Materials, size: int, chance: Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw one image.
-
-    Args:
-        materials: exemplars and photographs.
-        size: side of the image in pixels.
-        chance: all randomness.
-
-    Returns:
-        pixels ``(size, size, 3)`` uint8; boxes ``(n, 4)`` of the strokes, corners in pixels;
-        digits ``(n,)``, with n from 1 to 5.
-    """
-    while True:
-        canvas = _background(materials.photographs, size, chance)
-        wanted = int(chance.integers(1, MOST_DIGITS + 1))
-        boxes: list[np.ndarray] = []
-        digits: list[int] = []
-        taken = np.zeros((size, size), dtype=bool)
-        for _ in range(2 * wanted):
-            exemplar = int(chance.integers(len(materials.labels)))
-            alpha, box = _random_stroke(materials.exemplars[exemplar], size, chance)
-            for _ in range(PLACES):
-                moved = _place(canvas, taken, boxes, alpha, box, chance)
-                if moved is not None:
-                    boxes.append(moved)
-                    digits.append(int(materials.labels[exemplar]))
-                    break
-            if len(boxes) == wanted:
-                break
-        if boxes:  # else the crop is too busy for any colour: take another
-            return (canvas + 0.5).astype(np.uint8), np.stack(boxes), np.array(digits)
 
 
 def sharpen(exemplars: np.ndarray) -> np.ndarray:
@@ -155,9 +86,27 @@ def render_stroke(
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     alpha = alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     alpha = np.pad(alpha, CLEARANCE)
+    return alpha, extent(alpha)
+
+
+def extent(alpha: np.ndarray) -> np.ndarray:
+    """The box of a shape: where its coverage crosses ½, to a fraction of a pixel.
+
+    Args:
+        alpha: ``(h, w)`` coverage between 0 and 1, 0 at the rim, and somewhere ½ at least.
+
+    Returns:
+        ``(x1, y1, x2, y2)`` in pixels.
+
+    Example:
+        >>> alpha = np.zeros((5, 8))
+        >>> alpha[1:3, 2:6] = 1.0
+        >>> extent(alpha)
+        array([2., 1., 6., 3.])
+    """
     x1, x2 = _crossings(alpha.max(axis=0))
     y1, y2 = _crossings(alpha.max(axis=1))
-    return alpha, np.array([x1, y1, x2, y2])
+    return np.array([x1, y1, x2, y2])
 
 
 def draw_colour(low: float, high: float, contrast: float, chance: Generator) -> np.ndarray | None:
@@ -189,52 +138,23 @@ def draw_colour(low: float, high: float, contrast: float, chance: Generator) -> 
     return colour + (255.0 - colour) * ((luminance - own) / (255.0 - own))
 
 
-def _random_stroke(
-    exemplar: np.ndarray, size: int, chance: Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    low, high = (math.log(height * size / REFERENCE_SIZE) for height in HEIGHTS)
-    return render_stroke(
-        exemplar,
-        height=math.exp(chance.uniform(low, high)),
-        angle=chance.uniform(-MAX_ANGLE, MAX_ANGLE),
-        shear=chance.uniform(-MAX_SHEAR, MAX_SHEAR),
-        stretch=math.exp(chance.uniform(-1.0, 1.0) * math.log(MAX_STRETCH)),
-    )
+def random_background(
+    photographs: tuple[Image.Image, ...], size: int, chance: Generator
+) -> np.ndarray:
+    """A random part of a random photograph, mirrored and tinted.
 
+    Args:
+        photographs: RGB images.
+        size: side of the part in pixels.
+        chance: all randomness.
 
-def _place(
-    canvas: np.ndarray,
-    taken: np.ndarray,
-    boxes: list[np.ndarray],
-    alpha: np.ndarray,
-    box: np.ndarray,
-    chance: Generator,
-) -> np.ndarray | None:
-    """Paint a stroke at a random place of ``canvas``; its box there, ``None`` if it cannot be."""
-    size = len(canvas)
-    rows, columns = alpha.shape
-    if rows > size or columns > size:
-        return None
-    top, left = chance.integers(0, size - rows + 1), chance.integers(0, size - columns + 1)
-    box = box + np.array([left, top, left, top])
-    window = (slice(top, top + rows), slice(left, left + columns))
-    around = ndimage.maximum_filter(alpha, 2 * CLEARANCE + 1) > 0
-    if taken[window][around].any() or any(_iou(box, other) > MAX_IOU for other in boxes):
-        return None
-    luminance = (canvas[window] @ LUMA)[around]
-    opacity = chance.uniform(*OPACITY)
-    darkest, lightest = np.percentile(luminance, (2, 98))
-    colour = draw_colour(float(darkest), float(lightest), CONTRAST / opacity, chance)
-    if colour is None:
-        return None
-    weight = (opacity * alpha)[..., None]
-    canvas[window] += weight * (colour - canvas[window])
-    taken[window] |= alpha > 0
-    return box
+    Returns:
+        ``(size, size, 3)`` float32 between 0 and 255.
 
-
-def _background(photographs: tuple[Image.Image, ...], size: int, chance: Generator) -> np.ndarray:
-    """A random part of a random photograph, mirrored and tinted, ``(size, size, 3)`` float32."""
+    Example:
+        >>> random_background((Image.new("RGB", (9, 9)),), 4, np.random.default_rng(0)).shape
+        (4, 4, 3)
+    """
     photograph = photographs[chance.integers(len(photographs))]
     longest = min(photograph.size)
     side = math.exp(chance.uniform(math.log(min(size, longest) / 2), math.log(longest)))
@@ -260,9 +180,3 @@ def _crossings(profile: np.ndarray) -> tuple[float, float]:
     rise = (0.5 - profile[first - 1]) / (profile[first] - profile[first - 1])
     fall = (0.5 - profile[last + 1]) / (profile[last] - profile[last + 1])
     return first - 0.5 + float(rise), last + 1.5 - float(fall)
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    sides = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0.0, None)
-    intersection = float(sides.prod())
-    return intersection / float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - intersection)
