@@ -170,6 +170,18 @@ def random_background(
     return np.clip(pixels * gain + bias, 0.0, 255.0).astype(np.float32)
 
 
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes, corners in pixels.
+
+    Example:
+        >>> iou(np.array([0, 0, 2, 2]), np.array([1, 0, 3, 2]))
+        0.3333333333333333
+    """
+    sides = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0.0, None)
+    intersection = float(sides.prod())
+    return intersection / float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - intersection)
+
+
 def _crossings(profile: np.ndarray) -> tuple[float, float]:
     """Where a profile of pixels, 0 at both ends, first rises and last falls through ½.
 

@@ -18,6 +18,7 @@ from detection.data.compositing import (
     CLEARANCE,
     LUMA,
     draw_colour,
+    iou,
     random_background,
     render_stroke,
 )
@@ -119,7 +120,7 @@ def _place(
     box = box + np.array([left, top, left, top])
     window = (slice(top, top + rows), slice(left, left + columns))
     around = ndimage.maximum_filter(alpha, 2 * CLEARANCE + 1) > 0
-    if taken[window][around].any() or any(_iou(box, other) > MAX_IOU for other in boxes):
+    if taken[window][around].any() or any(iou(box, other) > MAX_IOU for other in boxes):
         return None
     luminance = (canvas[window] @ LUMA)[around]
     opacity = chance.uniform(*OPACITY)
@@ -131,9 +132,3 @@ def _place(
     canvas[window] += weight * (colour - canvas[window])
     taken[window] |= alpha > 0
     return box
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    sides = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0.0, None)
-    intersection = float(sides.prod())
-    return intersection / float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - intersection)

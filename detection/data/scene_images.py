@@ -21,6 +21,7 @@ from detection.data.compositing import (
     LUMA,
     draw_colour,
     extent,
+    iou,
     random_background,
     render_stroke,
 )
@@ -58,8 +59,19 @@ CONTRAST = 64.0
 CUT_OUT_CONTRAST = 28.0
 """The same for the mean of a cut-out, which has a texture of its own."""
 
+FINE_PRINT = 40.0
+MOST_EMPHASIS = 2.5
+"""Print smaller than this is drawn bolder, at most so much: hairlines would vanish."""
+
 CROWD = (8.0, 92.0)
-"""Percentiles of the luminance around a stroke that count as what surrounds it."""
+"""Percentiles of the luminance under and around an object, and of the objects there, that count
+as what surrounds it."""
+
+CUT_OUT_LUMINANCE = (50.0, 205.0)
+"""Limits of a cut-out's mean, between which there is room for its texture."""
+
+MAX_IOU = 0.4
+"""Of the boxes of two objects: else neither could be named."""
 
 RENDERINGS = 4
 PLACES = 6
@@ -150,8 +162,10 @@ class CutOut:
             (a, b, float(shift[0]), c, d, float(shift[1])),
             Image.Resampling.BICUBIC,
         )
-        luminance, alpha = np.moveaxis(np.asarray(drawn, dtype=np.float32), 2, 0)
-        return alpha / 255, luminance if self.textured else None
+        luminance, alpha = np.moveaxis(np.asarray(drawn, dtype=np.float32) / (1, 255), 2, 0)
+        if self.textured:
+            return alpha, luminance
+        return np.clip(alpha * np.clip(FINE_PRINT / length, 1.0, MOST_EMPHASIS), 0.0, 1.0), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +197,20 @@ def compose_scene(
         pixels ``(size, size, 3)`` uint8; boxes ``(n, 4)`` of what is visible of the objects,
         corners in pixels; labels ``(n,)``, with n from 1 to 10.
     """
+    scene = draw_scene(materials, size, chance)
+    boxes = np.stack([thing.box for thing in scene.objects])
+    labels = np.array([thing.label for thing in scene.objects])
+    return (scene.canvas + 0.5).astype(np.uint8), boxes, labels
+
+
+def draw_scene(materials: SceneMaterials, size: int, chance: Generator) -> Scene:
+    """Lay down everything that an image shows, one object at least.
+
+    Args:
+        materials: exemplars and photographs.
+        size: side of the image in pixels, at least 64.
+        chance: all randomness.
+    """
     while True:
         scene = Scene(_muted_background(materials.photographs, size, chance))
         for length, is_object in _plan(size, chance):
@@ -191,9 +219,7 @@ def compose_scene(
             else:
                 _lay_clutter(scene, materials, length, chance)
         if scene.objects:  # else the part is too busy for any colour: take another
-            boxes = np.stack([thing.box for thing in scene.objects])
-            labels = np.array([thing.label for thing in scene.objects])
-            return (scene.canvas + 0.5).astype(np.uint8), boxes, labels
+            return scene
 
 
 def draw_length(size: int, chance: Generator) -> float:
@@ -218,6 +244,10 @@ class Thing:
         corner: row and column of its window.
         visible: ``(h, w)`` what is left of its coverage.
         length: longer side of the whole.
+
+    Attributes:
+        whole: what its coverage came to before anything covered it.
+        whole_box: its box then.
     """
 
     label: int
@@ -225,9 +255,10 @@ class Thing:
     visible: np.ndarray
     length: float
     whole: float = field(init=False)
+    whole_box: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.whole = float(self.visible.sum())
+        self.whole, self.whole_box = float(self.visible.sum()), self.box
 
     @property
     def box(self) -> np.ndarray:
@@ -265,10 +296,25 @@ class Scene:
 
     Args:
         canvas: ``(size, size, 3)`` float32.
+
+    Attributes:
+        objects: in the order in which they were laid down.
+        taken: ``(size, size)`` where an object is on top.
     """
 
     canvas: np.ndarray
     objects: list[Thing] = field(default_factory=list)
+    taken: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.taken = np.zeros(self.canvas.shape[:2], dtype=bool)
+
+    def window(self, corner: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+        """A part of the canvas, to be read or painted."""
+        return self.canvas[corner[0] : corner[0] + shape[0], corner[1] : corner[1] + shape[1]]
+
+    def _taken(self, corner: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+        return self.taken[corner[0] : corner[0] + shape[0], corner[1] : corner[1] + shape[1]]
 
     def cover(self, corner: tuple[int, int], alpha: np.ndarray) -> bool:
         """Put a shape above all objects, unless one of them would be covered too much."""
@@ -278,12 +324,27 @@ class Scene:
             return False
         for thing, kept in pairs:
             thing.visible = kept
+        self._taken(corner, alpha.shape)[alpha > 0.5] = False
         return True
+
+    def add(self, thing: Thing) -> None:
+        """Let an object be above all others, for which there is place."""
+        self.objects.append(thing)
+        self._taken(thing.corner, thing.visible.shape)[thing.visible > 0.5] = True
+
+    def luminance(self, corner: tuple[int, int], around: np.ndarray) -> tuple[float, float]:
+        """Lower and upper end of what there is in a region, and of the objects in it."""
+        values = self.window(corner, around.shape)[around] @ LUMA
+        low, high = np.percentile(values, CROWD)
+        taken = self._taken(corner, around.shape)[around]
+        if taken.any():
+            lowest, highest = np.percentile(values[taken], CROWD)
+            low, high = min(low, lowest), max(high, highest)
+        return float(low), float(high)
 
     def paint(self, corner: tuple[int, int], alpha: np.ndarray, colours: np.ndarray) -> None:
         """Mix colours, of a pixel each or one for all, into the canvas."""
-        (row, column), (rows, columns) = corner, alpha.shape
-        window = self.canvas[row : row + rows, column : column + columns]
+        window = self.window(corner, alpha.shape)
         window += alpha[..., None] * (colours - window)
 
 
@@ -312,10 +373,13 @@ def _lay_object(scene: Scene, materials: SceneMaterials, length: float, chance: 
             continue
         for _ in range(PLACES):
             corner = _random_corner(len(scene.canvas), alpha.shape, chance)
+            thing = Thing(label, corner, alpha, length)
+            if any(iou(thing.whole_box, other.whole_box) > MAX_IOU for other in scene.objects):
+                continue
             colours = _colours(scene, corner, alpha, luminance, chance)
             if colours is not None and scene.cover(corner, alpha):
                 scene.paint(corner, alpha * chance.uniform(*OPACITY), colours)
-                scene.objects.append(Thing(label, corner, alpha, length))
+                scene.add(thing)
                 return
 
 
@@ -392,15 +456,15 @@ def _colours(
     chance: Generator,
 ) -> np.ndarray | None:
     """Colours that can be told from what lies around, ``None`` if there are none."""
-    (row, column), (rows, columns) = corner, alpha.shape
-    there = scene.canvas[row : row + rows, column : column + columns] @ LUMA
     around = ndimage.maximum_filter(alpha, 2 * CLEARANCE + 1) > 0
     if luminance is None:
-        low, high = np.percentile(there[around], CROWD)
-        return draw_colour(float(low), float(high), CONTRAST / OPACITY[0], chance)
-    mean = float(there[around & (alpha < 0.5)].mean())
+        low, high = scene.luminance(corner, around)
+        return draw_colour(low, high, CONTRAST / OPACITY[0], chance)
+    mean = float((scene.window(corner, alpha.shape) @ LUMA)[around & (alpha < 0.5)].mean())
     colour = draw_colour(mean, mean, CUT_OUT_CONTRAST / OPACITY[0], chance)
-    return None if colour is None else _tinted(luminance, alpha, colour)
+    if colour is None or not CUT_OUT_LUMINANCE[0] <= colour @ LUMA <= CUT_OUT_LUMINANCE[1]:
+        return None
+    return _tinted(luminance, alpha, colour)
 
 
 def _tinted(luminance: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from detection.data.types import Categories
 if TYPE_CHECKING:
     from detection.data.scene_images import SceneMaterials
 
-FORMAT = 1
+FORMAT = 2
 """Changes whenever the same parameters give other images."""
 
 LETTERS = "AEHKMNRTVWXY"
