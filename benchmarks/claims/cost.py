@@ -1,0 +1,257 @@
+"""What runs will take, from a few timed steps of each: hours, memory, disk; and what there is."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.claims.jobs import Job, begin, first_batches, load
+from benchmarks.claims.running import deaf
+from benchmarks.measure import seconds
+from detection.distributed import Distributed
+from detection.models.config import EquilibriumConfig, RecurrentConfig
+from detection.models.detector import Detector
+from detection.training.step import Step
+
+STEPS, IMAGES = 3, 4
+WALKED = 50
+"""Refinements of every validation image in the study of a tied layer."""
+LOOKED = 1200
+"""Those of an image that is looked at closely, what else is done there counted as such."""
+SCORING = 0.004
+"""Seconds of scoring, by image and evaluation; there are about so many of these in a study:"""
+SCORINGS = 25
+KEPT = 4
+"""Checkpoints on the disk at once: two, the best, and one that is being written."""
+CONTEXT = 2**29
+"""Bytes that CUDA takes for a process."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one kind of run.
+
+    Attributes:
+        step, image: seconds of a training step, and of the inference of an image.
+        weights, checkpoint: bytes on the disk.
+        peak: bytes of the process that timed it, at most.
+    """
+
+    step: float
+    image: float
+    weights: int
+    checkpoint: int
+    peak: int
+
+
+def minutes(job: Job, timing: Timing) -> float:
+    """Of a whole run."""
+    settings, data = job.recipe.optimization, job.data
+    steps = settings.epochs * -(-data["train_images"] // settings.batch_size)
+    evaluations = -(-settings.epochs // job.recipe.evaluate_every)
+    decoder = job.recipe.model.decoder
+    study = data["val_images"] * timing.image
+    if isinstance(decoder, (EquilibriumConfig, RecurrentConfig)):
+        recurrent = isinstance(decoder, RecurrentConfig)
+        calls = decoder.steps if recurrent else decoder.most_steps
+        assert isinstance(calls, int)
+        walked = WALKED / 2 if recurrent else WALKED
+        study = timing.image / calls * (walked * data["val_images"] + LOOKED * job.sample)
+    scoring = (SCORINGS + evaluations) * data["val_images"] * SCORING
+    evaluated = evaluations * data["val_images"] * timing.image
+    return (steps * timing.step + evaluated + study + scoring) / 60
+
+
+def hours_text(minutes: float) -> str:
+    """A time as people say it.
+
+    Example:
+        >>> hours_text(0.6), hours_text(7.2), hours_text(185)
+        ('1 minute', '7 minutes', '3 h 5 min')
+    """
+    whole = max(1, round(minutes))
+    if whole < 100:
+        return f"{whole} minute{'s' if whole > 1 else ''}"
+    return f"{whole // 60} h {whole % 60} min"
+
+
+def wall(each: Sequence[float], jobs: int) -> float:
+    """Minutes until all are done, each begun as soon as there is room.
+
+    Example:
+        >>> wall([3.0, 2.0, 2.0], 2)
+        4.0
+    """
+    busy = [0.0] * jobs
+    for one in each:
+        busy[busy.index(min(busy))] += one
+    return max(busy)
+
+
+def measure(jobs: Sequence[Job], parallel: int, cache: Path) -> dict[str, Timing]:
+    """Timings by run, as many processes beside each other as there will be; kept in ``cache``."""
+    try:
+        known = {run: Timing(**found) for run, found in json.loads(cache.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        known = {}
+    wanted = {_key(job): job for job in jobs}
+    missing = [job for key, job in wanted.items() if key not in known]
+    known |= _time(missing, parallel)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps({run: asdict(timing) for run, timing in known.items()}))
+    return {job.run: known[key] for key, job in wanted.items()}
+
+
+def _key(job: Job) -> str:
+    return f"{job.run}-{job.code}-{job.device}-{job.jobs}x{job.threads}"
+
+
+def _time(jobs: Sequence[Job], parallel: int) -> dict[str, Timing]:
+    if not jobs:
+        return {}
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, Timing] = {}
+    with TemporaryDirectory() as folder:
+        processes = []
+        for n in range(min(parallel, len(jobs))):
+            path = Path(folder) / f"{n}.json"
+            process = context.Process(target=time_some, args=(jobs[n::parallel], path))
+            with deaf():
+                process.start()
+            processes.append((process, path))
+        try:
+            for process, _ in processes:
+                process.join()
+        except KeyboardInterrupt:
+            for process, _ in processes:
+                process.terminate()
+            raise
+        for process, path in processes:
+            if not path.exists():
+                said = (path.with_suffix(".txt")).read_text(errors="replace").strip()
+                raise SystemExit(
+                    f"A few steps were to be timed, and the process ended with {process.exitcode}: "
+                    f"{said.splitlines()[-1] if said else 'it said nothing'}"
+                )
+            found |= {key: Timing(**t) for key, t in json.loads(path.read_text()).items()}
+    return found
+
+
+def time_some(jobs: Sequence[Job], path: Path) -> None:
+    """Time a few steps of each; the target of a process."""
+    begin(jobs[0].device, jobs[0].threads, path.with_suffix(".txt"))
+    found = {_key(job): asdict(_timed(job)) for job in jobs}
+    path.write_text(json.dumps(found))
+
+
+def _timed(job: Job) -> Timing:
+    device = Distributed(device=torch.device(job.device))
+    train_set, val_set = load(job.root, job.recipe)
+    recipe = job.recipe.for_classes(len(train_set.categories))
+    batches = first_batches(train_set, recipe, recipe.optimization.batch_size)
+    torch.manual_seed(recipe.seed)
+    step = Step(Detector(recipe.without_pretraining().model).to(device.device), recipe, device, 100)
+
+    def one() -> None:
+        step(next(batches).to(device.device))
+
+    one()
+    times = [seconds(one) for _ in range(min(STEPS, max(1, len(train_set) // 64)))]
+    model = step.detector.eval()
+    images = first_batches(val_set, recipe, 1)
+    with torch.inference_mode():
+        looked = [next(images).to(device.device) for _ in range(min(IMAGES, len(val_set)))]
+        inferred = [
+            seconds(lambda image=image: model(image.images, image.sizes))
+            for image in [looked[0], *looked]
+        ]
+    weights = _bytes(model.state_dict())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if job.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() + CONTEXT
+    return Timing(
+        statistics.median(times),
+        statistics.median(inferred[1:]),
+        weights,
+        weights + _bytes(step.state_dict()),
+        peak,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """Refuse what the disk has no room for.
+
+    Raises:
+        SystemExit: with a sentence.
+    """
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise SystemExit(
+            f"{what} need {_size(needed)} in {folder} and there are {_size(free)} free: make room, "
+            "or choose a smaller preset."
+        )
+
+
+def check_memory(needed: int, device: str, jobs: int) -> None:
+    """Refuse what the memory has no room for.
+
+    Raises:
+        SystemExit: with a sentence.
+    """
+    free = free_memory(device)
+    if needed > free:
+        fewer = max(1, int(free * jobs / needed))
+        hint = f"--jobs {fewer}" if fewer < jobs else "a smaller preset"
+        raise SystemExit(
+            f"{jobs} runs at once need {_size(needed)} of memory and there are {_size(free)} free "
+            f"on {device}: choose {hint}."
+        )
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can be had now."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        (found,) = (line for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(found.split()[1])
+    except (OSError, ValueError):
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def disk_needed(jobs: Iterable[Job], timings: dict[str, Timing], parallel: int) -> int:
+    """Bytes: the weights of every run, and the checkpoints of those that go on at once."""
+    every = [timings[job.run] for job in jobs]
+    largest = max((timing.checkpoint for timing in every), default=0)
+    return sum(timing.weights for timing in every) + parallel * KEPT * largest
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB"
+
+
+def now() -> float:
+    """Minutes of a clock that only goes on."""
+    return time.monotonic() / 60

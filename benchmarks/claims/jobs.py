@@ -1,0 +1,283 @@
+"""One run, in a process of its own: trained, evaluated, studied; told in one record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean, median, pstdev
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.claims import inference
+from benchmarks.claims.results import Record
+from benchmarks.measure import machine, peak_bytes, provenance
+from detection.checkpoints import training_path
+from detection.configuration import to_json
+from detection.data import eval_transform, load_coco_folder, train_transform
+from detection.data.coco import CocoDataset
+from detection.data.loading import make_loader
+from detection.data.types import Batch
+from detection.distributed import Distributed
+from detection.evaluation import METRICS
+from detection.files import replacing
+from detection.models.detector import Detector
+from detection.training.loop import train
+from detection.training.progress import read_json_lines
+from detection.training.recipe import Recipe
+from detection.training.step import Step
+
+WINDOWS = 120
+"""Windows that the history of a run is thinned to."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to do.
+
+    Args:
+        run, arm, code: see `Record`.
+        recipe: with its seed.
+        data: what the record says of the data.
+        root: where the data lies.
+        folder: of the run.
+        device: ``cpu`` or ``cuda``.
+        threads, jobs: of the run, and how many run beside each other.
+        sample: images for the closer look.
+    """
+
+    run: str
+    arm: str
+    code: str
+    recipe: Recipe
+    data: dict[str, Any]
+    root: Path
+    folder: Path
+    device: str
+    threads: int
+    jobs: int
+    sample: int
+
+    @property
+    def result(self) -> Path:
+        """Where the record of the run is left."""
+        return self.folder / "record.json"
+
+    def record(self, status: str, **more: Any) -> Record:
+        """A record of what the job is."""
+        return Record(
+            run=self.run,
+            arm=self.arm,
+            seed=self.recipe.seed,
+            status=status,  # type: ignore[arg-type]
+            code=self.code,
+            data=self.data,
+            recipe=to_json(self.recipe),
+            versions=provenance("claims")["versions"],
+            device=machine(),
+            threads=self.threads,
+            jobs=self.jobs,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **more,
+        )
+
+
+def begin(device: str, threads: int, output: Path) -> None:
+    """Set up a process for work: what it prints goes to a file."""
+    with open(output, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(threads)
+
+
+def execute(job: Job) -> None:
+    """Do a run and leave its record; the target of a process."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    begin(job.device, job.threads, job.folder / "output.txt")
+    try:
+        record = perform(job)
+    except Exception as error:  # whatever it is, the other runs go on
+        reason = f"{type(error).__name__}: {error}"
+        print(reason, flush=True)
+        record = job.record("failed", reason=reason)
+    write(job.result, record)
+
+
+def write(path: Path, record: Record) -> None:
+    """Leave a record for the process that collects them; it is there whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
+
+
+def perform(job: Job) -> Record:
+    """Train, or go on; then measure and study what was trained."""
+    folder = job.folder / "training"
+    resume = any((folder / "checkpoints").glob("step_*.safetensors"))
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    train_set, val_set = load(job.root, job.recipe)
+    recipe = job.recipe.for_classes(len(train_set.categories))
+    clock = Clock(job.folder / "steps.jsonl", os.getppid())
+    device = Distributed(device=torch.device(job.device))
+    trained = train(
+        recipe,
+        train_set,
+        val_set,
+        folder,
+        distributed=device,
+        resume=resume,
+        console=Console(quiet=True),
+        trackers=[clock],
+    )
+    model = trained.model
+    lines = read_json_lines(folder / "log.jsonl")
+    scores = [(line["epoch"], line["scores"]) for line in lines if "scores" in line]
+    steps = [line for line in lines if "scores" not in line]
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    step_seconds, processor_seconds = clock.medians()
+    record = job.record(
+        "finished",
+        parameters=sum(p.numel() for p in model.parameters()),
+        epochs=[
+            {"epoch": epoch, **{name: plain(found[name]) for name in METRICS}}
+            for epoch, found in scores
+        ],
+        per_class={name: plain(value) for name, value in scores[-1][1]["per_class"].items()},
+        history=history(steps),
+        step_seconds=step_seconds,
+        step_processor_seconds=processor_seconds,
+        training_minutes=step_seconds * len(steps) / 60,
+        resumed=len(run.get("resumed", [])),
+        memory=memory(model, recipe, train_set, device),
+        rates=inference.rates(model, val_set, 16),
+        inference=inference.study(model, val_set, recipe.max_detections, job.sample),
+    )
+    _tidy(folder)
+    return record
+
+
+def _tidy(folder: Path) -> None:
+    """Keep the weights that were evaluated last, and nothing that only goes on needs."""
+    kept = sorted((folder / "checkpoints").glob("step_*.safetensors"))
+    for path in kept:
+        training_path(path).unlink(missing_ok=True)
+    for path in (*kept[:-1], folder / "checkpoints" / "best.safetensors"):
+        path.unlink(missing_ok=True)
+
+
+def load(root: Path, recipe: Recipe) -> tuple[CocoDataset, CocoDataset]:
+    """Both sets, as the recipe sees them."""
+    augmentation = recipe.augmentation
+    return load_coco_folder(
+        root,
+        train_transform(augmentation),
+        eval_transform(augmentation),
+        skip_empty=recipe.skip_empty,
+    )
+
+
+class Clock:
+    """Times the steps of a run, over all its sessions; ends it when nobody waits for it any more.
+
+    Args:
+        path: where the seconds are kept.
+        parent: id of the process that started this one.
+    """
+
+    def __init__(self, path: Path, parent: int) -> None:
+        self.parent, self.last = parent, self.now()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        self.path = path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take the time since the record before."""
+        if os.getppid() != self.parent:
+            raise SystemExit("the process that started this run is gone")
+        taken = [now - last for now, last in zip(self.now(), self.last, strict=True)]
+        if "scores" not in record:
+            self.file.write(json.dumps(taken) + "\n")
+        self.last = self.now()
+
+    def close(self) -> None:
+        """The training is over."""
+        self.file.close()
+
+    @staticmethod
+    def now() -> tuple[float, float]:
+        """Seconds of the clock on the wall, and of all processors in this process."""
+        return time.perf_counter(), time.process_time()
+
+    def medians(self) -> tuple[float, float]:
+        """Seconds of a step, of both clocks; what interrupts a few of them does not count."""
+        lines = [line for line in self.path.read_text().split("\n") if line.endswith("]")]
+        wall, processor = zip(*map(json.loads, lines), strict=True)
+        return median(wall), median(processor)
+
+
+def history(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """What happened over training, in at most `WINDOWS` windows of equal length."""
+    length = max(1, -(-len(steps) // WINDOWS))
+    found: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        found.setdefault(name, []).append(inference.rounded(value))
+
+    for start in range(0, len(steps), length):
+        window = steps[start : start + length]
+        norms = [float(step["gradient_norm"]) for step in window]
+        found.setdefault("step", []).append(int(window[-1]["step"]))
+        add("loss", fmean(float(step["loss"]) for step in window))
+        add("norm", fmean(norms))
+        add("norm_deviation", pstdev(norms))
+        add("norm_most", max(norms))
+        if "residual" in window[0]:
+            add("residual", fmean(float(step["residual"]) for step in window))
+    return found
+
+
+def memory(
+    model: Detector, recipe: Recipe, train_set: CocoDataset, distributed: Distributed
+) -> dict[str, int]:
+    """Bytes held at the peak of a training step and of the inference of an image."""
+    device = distributed.device
+    image = next(first_batches(train_set, recipe, 1)).to(device)
+    model.eval()
+    with torch.inference_mode():
+        inferred = peak_bytes(lambda: model(image.images, image.sizes)) + size_of(model)
+    detector = Detector(recipe.without_pretraining().model).to(device)
+    detector.load_state_dict(model.state_dict())
+    step = Step(detector, replace(recipe, average=0.0), distributed, 1000)
+    batch = next(first_batches(train_set, recipe, recipe.optimization.batch_size)).to(device)
+    detector.train()
+    step(batch)  # makes the states of the optimiser
+    states = [t for state in step.optimizer.state.values() for t in state.values()]
+    held = size_of(detector) + sum(tensor.nbytes for tensor in states)
+    return {"train": peak_bytes(lambda: step(batch)) + held, "inference": inferred}
+
+
+def size_of(model: Detector) -> int:
+    """Bytes of the weights and buffers."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def first_batches(train_set: CocoDataset, recipe: Recipe, size: int) -> Iterator[Batch]:
+    """Batches of training images, of a size."""
+    loader = make_loader(train_set, size, training=True, workers=0, seed=recipe.seed)
+    loader.set_epoch(0)
+    return iter(loader)
+
+
+def plain(value: Any) -> float | None:
+    """A figure for JSON, which has no NaN."""
+    number = float(value)
+    return round(number, 6) if number == number else None

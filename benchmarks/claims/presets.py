@@ -1,0 +1,279 @@
+"""How large a comparison is: recipes, data, arms, seeds, and how many runs at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.claims.grid import Arm, arms, nearest
+from detection.configuration import to_json
+from detection.data import compose_digits
+from detection.models.config import EquilibriumConfig
+from detection.recipes import recipe
+from detection.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: composed here, or a folder of the user's.
+
+    Args:
+        kind: ``scenes`` and ``digits`` are composed, ``folder`` must be given.
+        train_images, val_images, size: of what is composed.
+    """
+
+    kind: Literal["scenes", "digits", "folder"]
+    train_images: int = 0
+    val_images: int = 0
+    size: int = 0
+
+    @property
+    def default(self) -> Path:
+        """Where it lies unless the user says otherwise."""
+        return Path("data") / f"{self.kind}-{self.train_images}-{self.val_images}-{self.size}px"
+
+    @property
+    def bytes(self) -> int:
+        """About what composing it takes of the disk: JPEG files of high quality."""
+        return (self.train_images + self.val_images) * self.size**2
+
+    def prepare(self, given: Path | None) -> Path:
+        """Compose the data, or find it.
+
+        Raises:
+            SystemExit: with a sentence, where the folder must be given and is not.
+        """
+        if self.kind == "folder":
+            if given is None:
+                raise SystemExit(
+                    "This preset trains on COCO: give its folder, --data PATH (with train2017/, "
+                    "val2017/ and annotations/)."
+                )
+            if not (given / "annotations").is_dir():
+                raise SystemExit(f"--data {given}: there is no folder annotations/ in it.")
+            return given
+        root = given or self.default
+        sizes: dict[str, int] = {
+            "train_images": self.train_images,
+            "val_images": self.val_images,
+            "size": self.size,
+        }
+        return _composer(self.kind)(root, **sizes)
+
+
+def _composer(kind: str) -> Callable[..., Path]:
+    if kind == "digits":
+        return compose_digits
+    import detection.data
+
+    composer: Callable[..., Path] = detection.data.compose_scenes
+    return composer
+
+
+def digest_of(root: Path) -> str:
+    """Of the annotations of a data set: which images, which objects."""
+    total = hashlib.sha256()
+    for path in sorted((root / "annotations").glob("instances_*.json")):
+        total.update(path.name.encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size of the comparison.
+
+    Args:
+        name: on the command line.
+        about: in words.
+        bases: names of the recipes that arms begin from.
+        data: what they are trained on.
+        arms: by name.
+        seeds: of every arm; all arms get their first seed first.
+        epochs: of every run.
+        evaluate_every: epochs between two evaluations.
+        jobs: runs at once.
+        device: where they run.
+        sample: validation images on which fixed points are looked at closely.
+        changes: further fields that all recipes have otherwise than their bases, the same for all.
+    """
+
+    name: str
+    about: str
+    bases: tuple[tuple[str, str], ...]
+    data: Data
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    epochs: int
+    evaluate_every: int
+    jobs: int
+    device: Literal["cpu", "cuda"]
+    sample: int
+    changes: Callable[[Recipe], Recipe] = field(default=lambda made: made)
+
+    def base(self, name: str) -> Recipe:
+        """The recipe that arms of a kind begin from, as long as the preset says."""
+        made = recipe(dict(self.bases)[name])
+        decoder = made.model.decoder
+        if isinstance(decoder, EquilibriumConfig) and decoder.steps == "auto":
+            decoder = replace(decoder, steps=decoder.most_steps)  # as the paper reads it
+        return self.changes(
+            replace(
+                made,
+                model=replace(made.model, decoder=decoder),
+                optimization=replace(made.optimization, epochs=self.epochs),
+                evaluate_every=self.evaluate_every,
+                save_minutes=2.0,
+            )
+        )
+
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipe of every arm of the preset, by name; all of seed 0."""
+        bases = {name: self.base(name) for name, _ in self.bases}
+        known = arms()
+        return {name: known[name].recipe(bases) for name in self.arms}
+
+    def runs(self) -> dict[str, str]:
+        """The run that each arm is; arms with the same recipe share it."""
+        return {name: self.identity(made) for name, made in self.recipes().items()}
+
+    def identity(self, made: Recipe) -> str:
+        """What tells runs apart, but for the seed: all that decides what comes out."""
+        # These decide nothing, and a name is not the thing.
+        plain = replace(made, name="", seed=0, workers=0, save_minutes=0.0)
+        told: Mapping[str, Any] = {"recipe": to_json(plain), "data": asdict(self.data)}
+        text = json.dumps(told, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_DECIDING = ("deqdet", "deqdet-as-rnndet", "rnndet-6", "adamixer", "quiet-jfb", "quiet")
+
+
+def _bases(of: str) -> tuple[tuple[str, str], ...]:
+    return tuple((base, f"{base}_{of}") for base in ("deqdet", "rnndet", "adamixer"))
+
+
+def _toy(made: Recipe) -> Recipe:
+    """As small as it goes."""
+    layer = replace(
+        made.model.layer, content_dim=32, feature_channels=32, heads=2, groups=2, points=4,
+        out_points=8, ffn_channels=32,
+    )  # fmt: skip
+    decoder = made.model.decoder
+    if hasattr(decoder, "initial_points"):
+        decoder = replace(decoder, initial_points=8)
+    return replace(
+        made,
+        model=replace(made.model, layer=layer, decoder=decoder, num_queries=5),
+        augmentation=replace(made.augmentation, short_sides=(64,), max_size=64),
+        optimization=replace(made.optimization, batch_size=8, warmup_steps=2),
+        workers=0,
+        save_minutes=0.0,
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="smoke",
+            about="two minutes on two cores: shows that all of it runs, and decides nothing",
+            bases=_bases("digits"),
+            data=Data("digits", train_images=32, val_images=8, size=64),
+            arms=_DECIDING,
+            seeds=(0, 1),
+            epochs=2,
+            evaluate_every=1,
+            jobs=2,
+            device="cpu",
+            sample=2,
+            changes=_toy,
+        ),
+        Preset(
+            name="cpu",
+            about="about three hours on two cores: the arms that decide the expected orders",
+            bases=_bases("scenes"),
+            data=Data("scenes", train_images=2000, val_images=500, size=256),
+            arms=_DECIDING,
+            seeds=(0, 1, 2),
+            epochs=12,
+            evaluate_every=2,
+            jobs=2,
+            device="cpu",
+            sample=16,
+        ),
+        Preset(
+            name="gpu",
+            about="the whole grid on one card",
+            bases=_bases("scenes"),
+            data=Data("scenes", train_images=2000, val_images=500, size=256),
+            arms=tuple(arms()),
+            seeds=(0, 1, 2),
+            epochs=6,
+            evaluate_every=1,
+            jobs=14,
+            device="cuda",
+            sample=16,
+        ),
+        Preset(
+            name="coco",
+            about="the paper's own size: ResNet-50, 12 epochs of COCO; needs --data",
+            bases=(
+                ("deqdet", "deqdet_init64_r50_1x"),
+                ("rnndet", "rnndet_r50_1x"),
+                ("adamixer", "adamixer_r50_1x"),
+            ),
+            data=Data("folder"),
+            arms=tuple(arms()),
+            seeds=(0, 1, 2),
+            epochs=12,
+            evaluate_every=1,
+            jobs=1,
+            device="cuda",
+            sample=32,
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """A preset by its name.
+
+    Raises:
+        SystemExit: with the nearest name, if there is none.
+    """
+    if name not in PRESETS:
+        raise SystemExit(nearest("preset", name, list(PRESETS)))
+    return PRESETS[name]
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chosen(preset: Preset, names: tuple[str, ...], known: Mapping[str, tuple[Arm, ...]]) -> Preset:
+    """The preset with the arms of some claims or comparisons alone.
+
+    Raises:
+        SystemExit: for a name that is neither, or if the preset has none of their arms.
+    """
+    if not names:
+        return preset
+    wanted: set[str] = set()
+    for name in names:
+        if name not in known:
+            raise SystemExit(nearest("claim", name, list(known)))
+        wanted |= {arm.name for arm in known[name]}
+    left = tuple(arm for arm in preset.arms if arm in wanted)
+    if not left:
+        raise SystemExit(
+            f"The preset {preset.name!r} has none of the arms of {', '.join(names)}: "
+            f"{', '.join(sorted(wanted))}. Choose a larger preset."
+        )
+    return replace(preset, arms=left)

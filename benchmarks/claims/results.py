@@ -1,0 +1,173 @@
+"""The results as they are kept: one JSON object a line, appended as runs end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from detection.training.progress import JsonLines
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run that has ended, well or not.
+
+    Attributes:
+        run: identity of what was trained: digest of the recipe without its seed, and of the data.
+        arm: name of the first arm that it is of; others with the same recipe share it.
+        seed: of the run.
+        status: ``finished`` or ``failed``.
+        reason: why it failed.
+        code: fingerprint of the code (`benchmarks.claims.versions`).
+        data: its parameters, numbers of images and of validation objects, and ``digest``.
+        recipe: the whole configuration.
+        versions, device, threads, jobs: where it ran, and how many ran beside each other.
+        date: of its end.
+        parameters: of the model.
+        epochs: the twelve figures of COCO after each evaluation, in [0, 1], with ``epoch``.
+        per_class: AP by class at the end.
+        history: of consecutive windows of steps: last ``step``, mean ``loss``, and of the gradient
+            norm before clipping ``norm``, ``norm_deviation`` and ``norm_most``; ``residual`` where
+            there is a path.
+        step_seconds: median of a training step, by the clock on the wall.
+        step_processor_seconds: the same of the processors, all threads together; other work on
+            the machine does not lengthen it.
+        training_minutes: ``step_seconds`` times the steps; evaluations are left out.
+        resumed: how often the run was taken up again.
+        memory: bytes at the peak of a training step (``train``) and of the inference of one image
+            (``inference``), weights and states of the optimiser included.
+        rates: images a second at inference, by refinements.
+        inference: see `benchmarks.claims.inference`.
+    """
+
+    run: str
+    arm: str
+    seed: int
+    status: Literal["finished", "failed"]
+    code: str
+    data: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, Any]
+    device: str
+    threads: int
+    jobs: int
+    date: str
+    reason: str = ""
+    parameters: int = 0
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    per_class: dict[str, float] = field(default_factory=dict)
+    history: dict[str, list[float]] = field(default_factory=dict)
+    step_seconds: float = 0.0
+    step_processor_seconds: float = 0.0
+    training_minutes: float = 0.0
+    resumed: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    inference: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a result."""
+        return self.status == "finished"
+
+    @property
+    def version(self) -> tuple[str, str]:
+        """Fingerprints of code and data: only results that have both in common compare."""
+        return self.code, str(self.data.get("digest", ""))
+
+    @property
+    def ap(self) -> float:
+        """AP at the end, in per cent."""
+        return 100.0 * float(self.epochs[-1]["AP"])
+
+    def ap_at(self, refinements: int) -> float | None:
+        """AP in per cent when read after so many refinements, if that was looked at."""
+        for point in self.inference.get("curve", ()):
+            if point["kind"] == "naive" and point["setting"] == str(refinements):
+                return 100.0 * float(point["AP"])
+        return None
+
+
+def path_of(folder: Path, preset: str) -> Path:
+    """Where the results of a preset are."""
+    return folder / f"claims-{preset}.jsonl"
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a line; it is with the system before this returns."""
+    with JsonLines(path) as lines:
+        lines.write(asdict(record))
+
+
+def read(path: Path) -> tuple[list[Record], list[str]]:
+    """The records of a file, oldest first, and what there is to say of it.
+
+    A line that is no record (one that a crash cut short) is put aside in ``….aside``.
+    """
+    if not path.exists():
+        return [], []
+    whole, torn, records = [], [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = _parsed(line)
+        except (ValueError, TypeError, KeyError):
+            torn.append(line if line.endswith("\n") else line + "\n")
+            continue
+        whole.append(line)
+        records.append(record)
+    if not torn:
+        return records, []
+    aside = path.with_name(f"{path.name}.aside")
+    with open(aside, "a", encoding="utf-8") as file:
+        file.writelines(torn)
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text("".join(whole), encoding="utf-8")
+    temporary.replace(path)
+    lines = "1 line was" if len(torn) == 1 else f"{len(torn)} lines were"
+    return records, [f"{path}: {lines} damaged and put aside in {aside.name}."]
+
+
+def _parsed(line: str) -> Record:
+    if not line.endswith("\n"):
+        raise ValueError("cut short")
+    found = json.loads(line)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError("no record")
+    known = {f.name for f in fields(Record)}
+    return Record(**{name: value for name, value in found.items() if name in known})
+
+
+def latest(records: Iterable[Record]) -> dict[tuple[str, int], Record]:
+    """The record that counts of each run and seed: the last, and a finished one before a failed."""
+    found: dict[tuple[str, int], Record] = {}
+    for record in records:
+        key = record.run, record.seed
+        if record.finished or key not in found or not found[key].finished:
+            found[key] = record
+    return found
+
+
+def of_version(
+    records: Iterable[Record], version: tuple[str, str], any_version: bool = False
+) -> tuple[list[Record], int]:
+    """The records of one version of code and data, and how many others there are."""
+    every = list(records)
+    same = [record for record in every if record.version == version]
+    return (every if any_version else same), len(every) - len(same)
+
+
+def by_arm(records: Iterable[Record], runs: Mapping[str, str]) -> dict[str, dict[int, Record]]:
+    """Finished records of each arm by seed; ``runs`` says which run an arm is."""
+    counting = latest(records)
+    found: dict[str, dict[int, Record]] = {arm: {} for arm in runs}
+    for arm, run in runs.items():
+        for (of, seed), record in counting.items():
+            if of == run and record.finished:
+                found[arm][seed] = record
+    return found
