@@ -6,9 +6,11 @@ Nothing is downloaded.  What one split is made of, the other never shows.
   Handwritten Digits, UCI 1998; CC BY 4.0).
 - Printed letters: the fonts that come with Matplotlib: DejaVu (Bitstream Vera licence), STIX
   (SIL Open Font License) and Computer Modern (BaKoMa licence).
-- Photographs, and those that objects are cut out of: scikit-learn's (CC BY 2.0) and
-  scikit-image's (public domain, CC0, or no known copyright restrictions).  Its coins are from
-  Pompeii (Brooklyn Museum); its faces from Labeled Faces in the Wild (Huang et al., 2012).
+- Photographs: scikit-learn's (CC BY 2.0) and scikit-image's (public domain, CC0, or no known
+  restrictions; for the moon and the motorcycle none are stated).
+- Cut-outs from photographs of scikit-image: Greek coins (Brooklyn Museum, no known copyright
+  restrictions), and faces of Labeled Faces in the Wild (Huang et al., 2007; no licence is stated,
+  it was collected for research).
 """
 
 from __future__ import annotations

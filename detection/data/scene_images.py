@@ -162,7 +162,8 @@ class CutOut:
             (a, b, float(shift[0]), c, d, float(shift[1])),
             Image.Resampling.BICUBIC,
         )
-        luminance, alpha = np.moveaxis(np.asarray(drawn, dtype=np.float32) / (1, 255), 2, 0)
+        luminance, alpha = np.moveaxis(np.asarray(drawn, dtype=np.float32), 2, 0)
+        alpha = alpha / 255
         if self.textured:
             return alpha, luminance
         return np.clip(alpha * np.clip(FINE_PRINT / length, 1.0, MOST_EMPHASIS), 0.0, 1.0), None
@@ -371,15 +372,16 @@ def _lay_object(scene: Scene, materials: SceneMaterials, length: float, chance: 
         alpha, luminance = _random_rendering(exemplar, length, chance)
         if max(alpha.shape) > len(scene.canvas):
             continue
+        around, box = ndimage.maximum_filter(alpha, 2 * CLEARANCE + 1) > 0, extent(alpha)
         for _ in range(PLACES):
             corner = _random_corner(len(scene.canvas), alpha.shape, chance)
-            thing = Thing(label, corner, alpha, length)
-            if any(iou(thing.whole_box, other.whole_box) > MAX_IOU for other in scene.objects):
+            there = box + np.array([corner[1], corner[0]] * 2)
+            if any(iou(there, other.whole_box) > MAX_IOU for other in scene.objects):
                 continue
-            colours = _colours(scene, corner, alpha, luminance, chance)
+            colours = _colours(scene, corner, alpha, around, luminance, chance)
             if colours is not None and scene.cover(corner, alpha):
                 scene.paint(corner, alpha * chance.uniform(*OPACITY), colours)
-                scene.add(thing)
+                scene.add(Thing(label, corner, alpha, length))
                 return
 
 
@@ -394,6 +396,7 @@ def _lay_clutter(scene: Scene, materials: SceneMaterials, length: float, chance:
         colours = _tinted(luminance, alpha, colours)
     elif kind == "wire":
         alpha = _random_wire(size, chance)
+        alpha = alpha[_tight(alpha)]
     else:
         alpha = _random_shape(length, chance)
         if kind == "patch":
@@ -430,12 +433,17 @@ def _random_rendering(
         alpha, luminance = exemplar.render(scale, pose)
         if abs(_longer_side(alpha) - length) < TOLERANCE * length:
             break
-    rows, columns = (np.flatnonzero(alpha.any(axis=axis)) for axis in (1, 0))
-    tight = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+    tight = _tight(alpha)
     alpha = np.pad(alpha[tight], CLEARANCE)
     if luminance is not None:
         luminance = np.pad(luminance[tight], CLEARANCE)
     return alpha, luminance
+
+
+def _tight(alpha: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns beyond which there is nothing."""
+    rows, columns = (np.flatnonzero(alpha.any(axis=axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _longer_side(alpha: np.ndarray) -> float:
@@ -452,11 +460,11 @@ def _colours(
     scene: Scene,
     corner: tuple[int, int],
     alpha: np.ndarray,
+    around: np.ndarray,
     luminance: np.ndarray | None,
     chance: Generator,
 ) -> np.ndarray | None:
     """Colours that can be told from what lies around, ``None`` if there are none."""
-    around = ndimage.maximum_filter(alpha, 2 * CLEARANCE + 1) > 0
     if luminance is None:
         low, high = scene.luminance(corner, around)
         return draw_colour(low, high, CONTRAST / OPACITY[0], chance)
