@@ -99,12 +99,12 @@ class Session:
     def go(self, given: Path | None, dry: bool, retry: bool) -> None:
         """Do what is left to do."""
         size = self.size
-        if size.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit(f"The preset {size.name!r} needs a CUDA device, and there is none.")
         if size.data.kind != "folder" and not (given or size.data.default).exists():
             cost.check_disk(given or size.data.default, size.data.bytes, "The images")
             self.console.print(f"Composing {given or size.data.default} …")
         root = size.data.prepare(given)
+        if size.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit(f"The preset {size.name!r} needs a CUDA device, and there is none.")
         data = running.describe(size, root)
         every = running.jobs_of(size, root, data, fingerprint(), self.work, self.jobs)
         records = self.records(every)

@@ -68,7 +68,7 @@ def _fields(what: str, value: Any, bases: Bases) -> dict[str, Any]:
         if value == "as RNNDet":
             recurrent = bases["rnndet"].model.decoder
             assert isinstance(recurrent, RecurrentConfig)
-            return {"initial_points": recurrent.initial_points}
+            return {"initial_points": recurrent.initial_points or _points(PAPER_POINTS, bases)}
         return {"initial_points": _points(value, bases)}
     if what == "perturbation":
         side = min(bases["deqdet"].augmentation.short_sides)

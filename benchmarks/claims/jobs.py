@@ -43,7 +43,7 @@ class Job:
     """A run to do.
 
     Args:
-        run, arm, code: see `Record`.
+        run, arms, code: see `Record`.
         recipe: with its seed.
         data: what the record says of the data.
         root: where the data lies.
@@ -54,7 +54,7 @@ class Job:
     """
 
     run: str
-    arm: str
+    arms: tuple[str, ...]
     code: str
     recipe: Recipe
     data: dict[str, Any]
@@ -66,6 +66,11 @@ class Job:
     sample: int
 
     @property
+    def arm(self) -> str:
+        """What it is called."""
+        return self.arms[0]
+
+    @property
     def result(self) -> Path:
         """Where the record of the run is left."""
         return self.folder / "record.json"
@@ -74,7 +79,7 @@ class Job:
         """A record of what the job is."""
         return Record(
             run=self.run,
-            arm=self.arm,
+            arms=list(self.arms),
             seed=self.recipe.seed,
             status=status,  # type: ignore[arg-type]
             code=self.code,

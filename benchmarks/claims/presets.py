@@ -133,14 +133,17 @@ class Preset:
         )
 
     def recipes(self) -> dict[str, Recipe]:
-        """The recipe of every arm of the preset, by name; all of seed 0."""
+        """The recipe of every arm of the grid at this size, by name; all of seed 0."""
         bases = {name: self.base(name) for name, _ in self.bases}
-        known = arms()
-        return {name: known[name].recipe(bases) for name in self.arms}
+        return {name: arm.recipe(bases) for name, arm in arms().items()}
 
-    def runs(self) -> dict[str, str]:
-        """The run that each arm is; arms with the same recipe share it."""
-        return {name: self.identity(made) for name, made in self.recipes().items()}
+    def runs(self) -> dict[str, tuple[str, ...]]:
+        """What is to be run: identity, and the names of all arms that it is."""
+        identities = {name: self.identity(made) for name, made in self.recipes().items()}
+        wanted = dict.fromkeys(identities[arm] for arm in self.arms)
+        return {
+            run: tuple(name for name, found in identities.items() if found == run) for run in wanted
+        }
 
     def identity(self, made: Recipe) -> str:
         """What tells runs apart, but for the seed: all that decides what comes out."""
@@ -151,7 +154,7 @@ class Preset:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-_DECIDING = ("deqdet", "deqdet-as-rnndet", "rnndet-6", "adamixer", "quiet-jfb", "quiet")
+_DECIDING = ("deqdet", "rnndet-6", "adamixer", "quiet-jfb", "quiet")
 
 
 def _bases(of: str) -> tuple[tuple[str, str], ...]:
@@ -270,10 +273,10 @@ def chosen(preset: Preset, names: tuple[str, ...], known: Mapping[str, tuple[Arm
         if name not in known:
             raise SystemExit(nearest("claim", name, list(known)))
         wanted |= {arm.name for arm in known[name]}
-    left = tuple(arm for arm in preset.arms if arm in wanted)
-    if not left:
+    mine = [same for same in preset.runs().values() if wanted & set(same)]
+    if not mine:
         raise SystemExit(
             f"The preset {preset.name!r} has none of the arms of {', '.join(names)}: "
             f"{', '.join(sorted(wanted))}. Choose a larger preset."
         )
-    return replace(preset, arms=left)
+    return replace(preset, arms=tuple(same[0] for same in mine))

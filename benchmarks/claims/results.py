@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ class Record:
 
     Attributes:
         run: identity of what was trained: digest of the recipe without its seed, and of the data.
-        arm: name of the first arm that it is of; others with the same recipe share it.
+        arms: names of the arms that it is: those whose recipes are the same at this size.
         seed: of the run.
         status: ``finished`` or ``failed``.
         reason: why it failed.
@@ -46,7 +46,7 @@ class Record:
     """
 
     run: str
-    arm: str
+    arms: list[str]
     seed: int
     status: Literal["finished", "failed"]
     code: str
@@ -162,12 +162,15 @@ def of_version(
     return (every if any_version else same), len(every) - len(same)
 
 
-def by_arm(records: Iterable[Record], runs: Mapping[str, str]) -> dict[str, dict[int, Record]]:
-    """Finished records of each arm by seed; ``runs`` says which run an arm is."""
-    counting = latest(records)
-    found: dict[str, dict[int, Record]] = {arm: {} for arm in runs}
-    for arm, run in runs.items():
-        for (of, seed), record in counting.items():
-            if of == run and record.finished:
-                found[arm][seed] = record
+def by_arm(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
+    """Finished records of each arm by seed; of an arm whose settings changed, the newest ones."""
+    found: dict[str, dict[int, Record]] = {}
+    for record in latest(records).values():
+        if not record.finished:
+            continue
+        for arm in record.arms:
+            known = found.setdefault(arm, {})
+            if any(other.run != record.run for other in known.values()):
+                known.clear()
+            known[record.seed] = record
     return found

@@ -39,25 +39,22 @@ def jobs_of(
 ) -> list[Job]:
     """Every run of a preset, once; all arms have their first seed first."""
     recipes = preset.recipes()
-    arms: dict[str, str] = {}
-    for arm, run in preset.runs().items():
-        arms.setdefault(run, arm)
     return [
         Job(
             run=run,
-            arm=arm,
+            arms=names,
             code=code,
-            recipe=replace(recipes[arm], seed=seed),
+            recipe=replace(recipes[names[0]], seed=seed),
             data=data,
             root=root,
-            folder=work / f"{arm}-seed{seed}-{run}-{code}-{data['digest']}",
+            folder=work / f"{names[0]}-seed{seed}-{run}-{code}-{data['digest']}",
             device=preset.device,
             threads=max(1, cores() // parallel),
             jobs=parallel,
             sample=preset.sample,
         )
         for seed in preset.seeds
-        for run, arm in arms.items()
+        for run, names in preset.runs().items()
     ]
 
 
