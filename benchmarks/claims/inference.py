@@ -221,7 +221,7 @@ def _scores(dataset: CocoDataset, results: list[dict[str, Any]], most: int) -> d
     scores = evaluate_coco(
         dataset.coco, results, dataset.categories, dataset.image_ids, max_detections=max(100, most)
     )
-    names = ("AP", "AP50", "AP_small", "AP_medium", "AP_large")
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
     return {name: round(getattr(scores, name), 5) for name in names}
 
 

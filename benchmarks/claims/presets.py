@@ -13,7 +13,7 @@ from typing import Any, Literal
 from benchmarks.claims.grid import Arm, arms, nearest
 from detection.configuration import to_json
 from detection.data import compose_digits
-from detection.models.config import EquilibriumConfig
+from detection.models.config import EquilibriumConfig, StackedConfig
 from detection.recipes import recipe
 from detection.training.recipe import Recipe
 
@@ -168,8 +168,10 @@ def _toy(made: Recipe) -> Recipe:
         out_points=8, ffn_channels=32,
     )  # fmt: skip
     decoder = made.model.decoder
-    if hasattr(decoder, "initial_points"):
+    if not isinstance(decoder, StackedConfig):
         decoder = replace(decoder, initial_points=8)
+    if isinstance(decoder, EquilibriumConfig):
+        decoder = replace(decoder, perturbation=replace(decoder.perturbation, position=2.0))
     return replace(
         made,
         model=replace(made.model, layer=layer, decoder=decoder, num_queries=5),
