@@ -127,6 +127,7 @@ def fixed_point(
             keep_memory=keep_memory,
             finest=layout.eps if layout.narrows else 0.0,
         )
+    flat.hold()
     value = outcome.value
     adjoints: list[Adjoint] = []
     if gradient.tracks_path or not (torch.is_grad_enabled() or is_pushing_forward()):

@@ -7,8 +7,7 @@ every evaluation makes each evaluation another map, and the solver chases a poin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 from torch import nn
@@ -28,8 +27,7 @@ class PerSolve(nn.Module, ABC):
         """A solve begins: what is random may be drawn anew, what is tracked may move on."""
 
 
-Held = tuple[tuple[PerSolve, dict[str, Any]], ...]
-"""Modules, with what they hold during one solve."""
+_Held = list[tuple[PerSolve, dict[str, Any]]]
 
 
 def renew(f: nn.Module | Callable[..., Any]) -> None:
@@ -51,23 +49,30 @@ def renew(f: nn.Module | Callable[..., Any]) -> None:
         inner.renew()
 
 
-def held_by(f: nn.Module | Callable[..., Any]) -> Held:
-    """What every `PerSolve` inside ``f`` holds at the moment."""
-    return tuple((m, {name: getattr(m, name) for name in m.per_solve}) for m in _inside(f))
+def holding(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f``, in whose calls every `PerSolve` inside it holds what it does now."""
+    held = _held_by(_inside(f))
+    if not held:
+        return f
+
+    def call(*args: Any) -> Any:
+        before = _held_by(module for module, _ in held)
+        _assign(held)
+        try:
+            return f(*args)
+        finally:
+            _assign(before)
+
+    return call
 
 
-@contextmanager
-def holding(held: Held) -> Iterator[None]:
-    """Modules hold again what they held in an earlier solve."""
-    now = tuple((m, {name: getattr(m, name) for name in m.per_solve}) for m, _ in held)
-    _assign(held)
-    try:
-        yield
-    finally:
-        _assign(now)
+def _held_by(modules: Iterable[PerSolve]) -> _Held:
+    return [
+        (module, {name: getattr(module, name) for name in module.per_solve}) for module in modules
+    ]
 
 
-def _assign(held: Held) -> None:
+def _assign(held: _Held) -> None:
     for module, values in held:
         for name, value in values.items():
             setattr(module, name, value)

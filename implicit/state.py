@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from implicit.autocast import autocast_dtype
-from implicit.per_solve import Held, held_by, holding
+from implicit.per_solve import holding
 
 State = Any
 """A tensor or a pytree of tensors, batch first."""
@@ -164,7 +164,6 @@ class FlatMap:
         self.aux: Any = None
         # Kept, because later evaluations (in the backward pass) are to be like the first.
         self.autocast = autocast_dtype(layout.device)
-        self.held: Held | None = None
 
     @property
     def eps(self) -> float:
@@ -173,15 +172,6 @@ class FlatMap:
         return max(self.layout.eps, narrow)
 
     def __call__(self, flat: Tensor) -> Tensor:
-        if self.held:
-            with holding(self.held):
-                return self._evaluated(flat)
-        image = self._evaluated(flat)
-        if self.held is None and not torch.compiler.is_compiling():
-            self.held = held_by(self.f)
-        return image
-
-    def _evaluated(self, flat: Tensor) -> Tensor:
         device = self.layout.device
         if autocast_dtype(device) == self.autocast:
             return self._image(flat)
@@ -207,6 +197,11 @@ class FlatMap:
         )
         return self.layout.pack(result)
 
+    def hold(self) -> None:
+        """Keep what is the same throughout a solve as it is now, whatever else is solved later."""
+        if not torch.compiler.is_compiling():
+            self.f = holding(self.f)
+
     def part(self, rows: Tensor) -> FlatMap:
         """The map for the samples ``rows (k,)`` alone."""
         if self.select is not None:
@@ -218,9 +213,7 @@ class FlatMap:
                 )
         else:
             args = pytree.tree_map(lambda leaf: self._rows_of(leaf, rows), self.args)
-        fewer = FlatMap(self.f, self.layout.part(len(rows)), args, self.has_aux, self.select)
-        fewer.held = self.held
-        return fewer
+        return FlatMap(self.f, self.layout.part(len(rows)), args, self.has_aux, self.select)
 
     def _rows_of(self, leaf: Any, rows: Tensor) -> Any:
         belongs = (

@@ -223,6 +223,8 @@ class _Walk:
         def visit(n: int, before: Tensor, after: Tensor) -> None:
             if n not in self.at:
                 return
+            if n == self.at[0]:
+                self.f.hold()
             start = self._disturbed(before, after)
             forget_casts(start.device)
             with torch.set_grad_enabled(tracked):
