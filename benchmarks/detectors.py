@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import machine, output_folder, wide_console, write_results
+from benchmarks.measure import output_folder, wide_console, write_results
 from detection.configuration import to_json
 from detection.data import compose_digits, eval_transform, load_coco_folder, train_transform
 from detection.recipes import recipe
@@ -130,6 +130,12 @@ def table(results: list[Result]) -> Table:
     return table
 
 
+def tables(results: list[dict[str, Any]]) -> tuple[str, Table]:
+    """What is shown of the results that were written."""
+    title = f"AP in per cent after {EPOCHS} epochs: mean over the seeds, and its 95 % interval."
+    return title, table([Result(**found) for found in results])
+
+
 def main() -> None:
     """Print the table; write the results."""
     folder, console = output_folder(__doc__), wide_console()
@@ -144,9 +150,9 @@ def main() -> None:
                 f"AP {100 * result.AP:.1f}, {result.minutes:.1f} minutes"
             )
     results.sort(key=lambda result: (list(ARMS).index(result.arm), result.seed))
-    console.print(f"AP in per cent after {EPOCHS} epochs, mean and 95 % interval. {machine()}.")
-    console.print(table(results))
-    write_results(folder, "detectors", [asdict(result) for result in results], console)
+    found = [asdict(result) for result in results]
+    console.print(*tables(found))
+    write_results(folder, "detectors", found)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,20 @@ class Problem:
         queries: with boxes of all sizes all over the image.
         features: maps ``(B, 256, H/s, W/s)`` as a neck would give them, channels second.
         prepared: the same as the detector hands them to its decoder at inference.
+        trained_on: and in training.
     """
 
     layer: RefinementLayer
     queries: Queries
     features: Sequence[Tensor]
     prepared: Sequence[Tensor]
+    trained_on: Sequence[Tensor]
 
     @property
     def outside(self) -> list[Tensor]:
         """What lives whatever is computed."""
         of_layer = [*self.layer.parameters(), *self.layer.buffers()]
-        return [*of_layer, *self.queries, *self.features, *self.prepared]
+        return [*of_layer, *self.queries, *self.features, *self.prepared, *self.trained_on]
 
 
 def full_size(
@@ -68,4 +70,6 @@ def full_size(
     start = Queries(position, content, decode_position(position))
     with torch.no_grad():
         prepared = layer.prepare(features)
-    return Problem(layer, start, features, prepared)
+    with torch.enable_grad():
+        trained_on = layer.prepare(features)
+    return Problem(layer, start, features, prepared, trained_on)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -21,7 +22,14 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import machine, output_folder, wide_console, write_results
+from benchmarks.measure import (
+    Goal,
+    goals_table,
+    machine,
+    output_folder,
+    wide_console,
+    write_results,
+)
 from benchmarks.problems import linspace, normal
 
 CONTRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -128,6 +136,17 @@ def draw(errors: Sequence[Error], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def goals(results: dict[str, Any]) -> list[Goal]:
+    """`Implicit`, whatever the contraction and the scale of the loss."""
+    return [
+        Goal(
+            "relative error of Implicit, largest",
+            max(row["error"] for row in results["scaled"]),
+            most=GOAL,
+        )
+    ]
+
+
 def main() -> None:
     """Print the two tables; write the results and the plot."""
     folder = output_folder(__doc__)
@@ -149,6 +168,7 @@ def main() -> None:
     draw(errors, folder / "gradient_error.png")
     found = {"modes": [asdict(e) for e in errors], "scaled": [asdict(e) for e in scaled]}
     path = write_results(folder, "gradient_error", found, console)
+    console.print(goals_table(goals(found)))
     console.print(f"Wrote {path.name} and gradient_error.png.")
 
 

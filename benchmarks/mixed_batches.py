@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torchdeq.solver
@@ -19,7 +20,15 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import Counted, machine, output_folder, wide_console, write_results
+from benchmarks.measure import (
+    Counted,
+    Goal,
+    goals_table,
+    machine,
+    output_folder,
+    wide_console,
+    write_results,
+)
 from benchmarks.problems import linspace, normal
 
 TOLERANCE = 1e-5
@@ -124,6 +133,19 @@ def rows(batch: Batch, name: str, solve: Solve) -> Rows:
     return Rows(batch.name, name, together.rows, alone.rows)
 
 
+def goals(results: list[dict[str, Any]]) -> list[Goal]:
+    """Ours, on every batch."""
+    return [
+        Goal(
+            f"{name}: rows over those of each sample alone, largest",
+            max(row["ratio"] for row in results if row["solver"] == name),
+            most=GOAL,
+        )
+        for name in SOLVERS
+        if not name.startswith("torchdeq")
+    ]
+
+
 def main() -> None:
     """Print the table; write the results."""
     folder = output_folder(__doc__)
@@ -141,6 +163,7 @@ def main() -> None:
     console.print(f"Rows that f saw, to a relative residual of {TOLERANCE:g}. {machine()}.")
     console.print(table)
     write_results(folder, "mixed_batches", found, console)
+    console.print(goals_table(goals(found)))
 
 
 if __name__ == "__main__":

@@ -10,28 +10,33 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from benchmarks.measure import output_folder
+from rich.console import Console
+
+from benchmarks.measure import GOAL_COLUMNS, Goal, output_folder
 
 HEAD = """# Benchmarks
 
 `python -m benchmarks` runs all that two cores do in a quarter of an hour and writes this page
 (`python -m benchmarks.report` writes it alone). What a command measures is told in its own words;
 figures are those of the machine and the day that stand above them. A figure that missed its goal
-stays.
+stays, with the reason and, where there is one, the floor that was measured; figures beside goals
+are rounded against themselves.
 """
-
 
 BEGIN, END = "<!-- figures: python -m benchmarks.report -->", "<!-- end of figures -->"
 
 
 def section(name: str, written: dict[str, Any], folder: Path) -> str:
-    """One command: its docstring, where and when it ran, what it printed, its plot."""
+    """One command: its docstring, where and when it ran, what it printed, its goals, its plot."""
     module = importlib.import_module(f"benchmarks.{name}")
     title, _, rest = (module.__doc__ or "").partition("\n\n")
-    said = rest.strip().replace(f"    python -m benchmarks.{name}", "", 1).strip()
+    said = rest.replace(f"    {written['command']}\n", "", 1).strip("\n")
     versions = ", ".join(f"{package} {number}" for package, number in written["versions"].items())
     parts = [
         f"## `{written['command']}`",
@@ -39,12 +44,28 @@ def section(name: str, written: dict[str, Any], folder: Path) -> str:
         said.replace("``", "`"),
         f"*{written['date'][:10]}, {written['machine']}; {versions}.*",
     ]
-    if "printed" in written:
-        lines = [line.rstrip() for line in written["printed"].splitlines()]
-        parts.append("```text\n" + "\n".join(lines).strip("\n") + "\n```")
+    lines = [line.rstrip() for line in _printed(module, written).splitlines()]
+    parts.append("```text\n" + "\n".join(lines).strip("\n") + "\n```")
+    if hasattr(module, "goals"):
+        parts.append(goals_in_markdown(module.goals(written["results"])))
     if (folder / f"{name}.png").exists():
         parts.append(f"![{title.rstrip('.')}]({folder.name}/{name}.png)")
     return "\n\n".join(part for part in parts if part)
+
+
+def _printed(module: ModuleType, written: dict[str, Any]) -> str:
+    """What the command printed; a module that can make its tables of its results makes them."""
+    if not hasattr(module, "tables"):
+        return str(written["printed"])
+    console = Console(file=StringIO(), width=160, highlight=False, record=True)
+    console.print(*module.tables(written["results"]))
+    return console.export_text()
+
+
+def goals_in_markdown(goals: Sequence[Goal]) -> str:
+    """A table with a row for each goal."""
+    rows = [GOAL_COLUMNS, ("---",) * len(GOAL_COLUMNS), *(goal.cells() for goal in goals)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def headlines(folder: Path) -> list[str]:

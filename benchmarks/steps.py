@@ -6,7 +6,8 @@
 data set that it composed (by default the newest in ``data/``).  The trained detector is evaluated
 on the validation images with fixed numbers of steps, naive and by Anderson, with tolerances of the
 relative residual, and with ``steps="auto"``, which refines each image until its detections have
-settled (`detection.decoder.movement.Settled`).
+settled (`detection.decoder.movement.Settled`).  Steps are those that moved the state; to know that
+it has settled, one refinement more is computed than there are steps, and so with tolerances.
 
 Then the same on films: validation images through which a window moves by a pixel a frame.  A cold
 start refines every frame from the first layer's output, a warm start from the detections of the
@@ -30,7 +31,14 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import argument_parser, machine, wide_console, write_results
+from benchmarks.measure import (
+    Goal,
+    argument_parser,
+    goals_table,
+    machine,
+    wide_console,
+    write_results,
+)
 from detection.data import eval_transform, load_coco_split
 from detection.data.coco import CocoDataset
 from detection.models.config import EquilibriumConfig
@@ -159,6 +167,45 @@ def _seen(output: Output) -> Tensor:
     return output.logits[0].sigmoid().amax(-1) >= SEEN
 
 
+def goals(results: dict[str, Any]) -> list[Goal]:
+    """Of ``"auto"`` against all 25 steps, and of a warm start against a cold one."""
+    points = [Point(**found) for found in results["points"]]
+    auto = next(p for p in points if p.kind == "auto")
+    fixed = sorted((p for p in points if p.kind == "naive"), key=lambda p: p.steps)
+    full = fixed[-1]
+    enough = next(p.steps for p in fixed if p.AP >= full.AP - GOAL_AP)
+    cold, warm = (Film(**found) for found in results["films"])
+    return [
+        Goal(
+            'steps of "auto" over 25, mean',
+            auto.steps / full.steps,
+            most=GOAL_STEPS,
+            floor=enough / full.steps,
+            reason=(
+                "An image waits for the slowest of its boxes, also of those whose score is so low "
+                "that AP hardly feels them, and a box moves on by fractions of a pixel long after "
+                "its AP has settled. The thresholds, a pixel and 0.02 of score, were chosen among "
+                "four pairs on this data, and not moved again to meet the goal. The floor is the "
+                "fewest steps, the same for all images, that lose no more AP than the goal allows: "
+                "chosen after the fact, which no rule can."
+            ),
+        ),
+        Goal('AP that "auto" loses against 25 steps', full.AP - auto.AP, most=GOAL_AP),
+        Goal("steps per frame, warm over cold", warm.steps / cold.steps, most=1),
+        Goal(
+            "flicker, warm over cold",
+            warm.flicker / cold.flicker,
+            most=1,
+            reason=(
+                "Refinement ends when no box moves by more than a pixel, and both jump by less. "
+                "We take it that a warm start ends at the near side of that pixel, where the last "
+                "frame was: it is the price of the steps that it saves. A smaller "
+                "`settled.pixels` buys it back."
+            ),
+        ),
+    ]
+
+
 def draw(points: Sequence[Point], path: Path) -> None:
     """AP over steps and over time."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -211,9 +258,6 @@ def main() -> None:
         )
     console.print(f"{len(dataset)} validation images. {machine()}.")
     console.print(table)
-    console.print(
-        f"Goal for auto: at most {GOAL_STEPS:.0%} of 25 steps, at most {GOAL_AP} AP below 25."
-    )
     on_films = films(model, dataset)
     table = Table("film", "steps per frame", "flicker, px")
     for film in on_films:
@@ -222,6 +266,7 @@ def main() -> None:
     draw(points, options.output / "steps.png")
     results = {"points": [asdict(p) for p in points], "films": [asdict(f) for f in on_films]}
     write_results(options.output, "steps", results, console)
+    console.print(goals_table(goals(results)))
 
 
 if __name__ == "__main__":

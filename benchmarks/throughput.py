@@ -5,9 +5,10 @@
 ResNet-50 from random weights, 100 queries, 32 points, 25 refinements, batch 1, 800×1344 (an image
 of 800×1333, padded).  *Engine-only* begins with the image on the device; *end to end* begins with
 bytes in the host's memory and ends with boxes there.  Median and 95th percentile.  On a GPU the
-engine runs in bfloat16 as a CUDA graph (`detection.engine.Engine`); the floor beside it is the time
-that the two large products of 25 refinements, and the reading of their weights, take there by
-themselves.  On a CPU there is no graph, and the engine is the model.
+engine runs in bfloat16 as a CUDA graph (`detection.engine.Engine`).  The floor beside it is that of
+25 refinements, without the backbone: the flops of their products, or the bytes of their weights,
+over the most that this machine was seen to do (`benchmarks.ceilings`).  On a CPU there is no graph,
+and the engine is the model.
 """
 
 from __future__ import annotations
@@ -15,31 +16,34 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
-from torch.nn import functional as F
 
-from benchmarks.full_size import IMAGE
+from benchmarks.ceilings import Ceilings, Work
+from benchmarks.full_size import IMAGE, full_size
 from benchmarks.measure import (
+    NO_GPU,
+    Goal,
     by_turns,
+    device,
+    goals_table,
     machine,
     output_folder,
     p95,
     wide_console,
     write_results,
 )
-from detection.decoder.layer import RefinementLayer
 from detection.detections import select_detections
 from detection.engine import Engine
 from detection.models.config import BackboneConfig, EquilibriumConfig, ModelConfig
-from detection.models.decoders import EquilibriumDecoder
 from detection.models.detector import Detector
 
-STEPS = 25
-GOAL = 100
-"""Images per second, end to end, on an H200; and `GOAL_RATIO` times the eager code's."""
-GOAL_RATIO = 8
+BACKBONE, STEPS = "resnet50", 25
+GOAL, GOAL_RATIO = 100, 8
+"""On an H200: images per second, end to end; and how often those of the eager code."""
+EAGER, GRAPH, FLOOR = "eager, float32", "CUDA graph, end to end", "floor of 25 refinements"
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,26 @@ def measured(runs: dict[str, Callable[[], object]], repeats: int) -> list[Time]:
     ]
 
 
+def precision(device: str) -> torch.dtype:
+    """What the engine multiplies in."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 def contestants(device: str) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     torch.manual_seed(0)
     config = ModelConfig(
-        BackboneConfig("resnet50", pretrained=False), decoder=EquilibriumConfig(steps=STEPS)
+        BackboneConfig(BACKBONE, pretrained=False), decoder=EquilibriumConfig(steps=STEPS)
     )
     model = Detector(config).to(device).eval()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    engine = Engine(model, dtype=dtype)
+    engine = Engine(model, dtype=precision(device))
     host = torch.randint(0, 256, (1, 3, *IMAGE), dtype=torch.uint8)
     size = torch.tensor([[800, 1333]])
     if device == "cuda":
         host = host.pin_memory()
     image, size_there = host.to(device), size.to(device)
+
+    kind = "CUDA graph" if device == "cuda" else "engine"
 
     def eager() -> object:
         return model(image, size_there)
@@ -83,35 +93,48 @@ def contestants(device: str) -> dict[str, Callable[[], object]]:
         return found[0].boxes.cpu()
 
     return {
-        "eager, float32": torch.inference_mode()(eager),
-        "engine only": lambda: engine(image, size_there),
-        "engine, end to end": torch.inference_mode()(end_to_end),
+        EAGER: torch.inference_mode()(eager),
+        f"{kind} only": lambda: engine(image, size_there),
+        f"{kind}, end to end": torch.inference_mode()(end_to_end),
         "backbone and neck": torch.inference_mode()(lambda: model.encode(image, size_there)),
-        "floor of 25 refinements": torch.inference_mode()(lambda: floor(model, dtype)),
     }
 
 
-def floor(model: Detector, dtype: torch.dtype) -> None:
-    """The large products of all refinements and nothing else."""
-    assert isinstance(model.decoder, EquilibriumDecoder)
-    layer = model.decoder.refinement
-    assert isinstance(layer, RefinementLayer)
-    into, out_of = (
-        layer.mixing.generator.weight.to(dtype),
-        layer.mixing.project_out.weight.to(dtype),
-    )
-    content = into.new_ones(100, into.shape[1])
-    mixed = into.new_ones(100, out_of.shape[1])
-    for _ in range(STEPS):
-        F.linear(content, into)
-        F.linear(mixed, out_of)
+def floor(device: str) -> Time:
+    """Least time of 25 refinements."""
+    dtype = precision(device)
+    work = Work.of(full_size(device=device), dtype)
+    taken = Ceilings.measured(device, dtype).floor(STEPS * work.flops, STEPS * work.bytes)
+    return Time(FLOOR, taken, taken)
+
+
+def goals(results: list[dict[str, Any]]) -> list[Goal]:
+    """Those of an H200; a CPU has none."""
+    times = {time.name: time for time in (Time(**found) for found in results)}
+    graph = times.get(GRAPH)
+    reason = NO_GPU if graph is None else "Image, backbone and refinements follow each other."
+    return [
+        Goal(
+            f"images per second on a GPU, {STEPS} refinements, end to end",
+            None if graph is None else 1 / graph.median,
+            least=GOAL,
+            floor=None if graph is None else 1 / times[FLOOR].median,
+            reason=reason,
+        ),
+        Goal(
+            "times the eager code's on a GPU, end to end",
+            None if graph is None else times[EAGER].median / graph.median,
+            least=GOAL_RATIO,
+            reason=reason,
+        ),
+    ]
 
 
 def main() -> None:
     """Print the table; write the results."""
     folder, console = output_folder(__doc__), wide_console()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = measured(contestants(device), repeats=100 if device == "cuda" else 5)
+    repeats = 100 if device() == "cuda" else 5
+    found = [*measured(contestants(device()), repeats), floor(device())]
     table = Table("", "median, ms", "95 %, ms", "images/s", "over eager")
     for time in found:
         table.add_row(
@@ -123,8 +146,9 @@ def main() -> None:
         )
     console.print(f"DEQDet, ResNet-50, {STEPS} refinements, batch 1. {machine()}.")
     console.print(table)
-    console.print(f"Goal on an H200: {GOAL} images/s end to end, {GOAL_RATIO} times eager.")
-    write_results(folder, "throughput", [asdict(time) for time in found], console)
+    results = [asdict(time) for time in found]
+    write_results(folder, "throughput", results, console)
+    console.print(goals_table(goals(results)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import sys
 import time
@@ -17,6 +19,7 @@ from torch import Tensor
 
 import implicit
 from benchmarks import (
+    ceilings,
     detectors,
     gradient_error,
     gradient_memory,
@@ -28,6 +31,7 @@ from benchmarks import (
     robustness,
     scaling,
     steps,
+    throughput,
     training_step,
 )
 from benchmarks.full_size import full_size
@@ -385,9 +389,10 @@ def test_a_training_step_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "IMAGE", (64, 96))
     monkeypatch.setattr(training_step, "QUERIES", 5)
     decoder = EquilibriumConfig(train_steps=3, multiples=1, spacing=2)
-    parts = training_step.Step(decoder, "cpu").split()
-    assert all(parts[name] > 0 for name in training_step.PARTS)
-    parts = training_step.Step(StackedConfig(layers=1), "cpu").split()
+    watch = training_step.Step(decoder, "cpu").split()
+    assert all(watch.parts[name] > 0 for name in training_step.PARTS)
+    assert watch.entered["matching"] == 1 + len(decoder.positions)
+    parts = training_step.Step(StackedConfig(layers=1), "cpu").split().parts
     assert parts["path"] == parts["supervised"] == 0 < parts["matching"]
 
 
@@ -400,6 +405,133 @@ def test_jumps_are_beyond_the_movement_of_the_window() -> None:
     after = output([[80, 80, 90, 90], [9, 9.5, 19, 19]], [0.9, 0.9])
     assert steps.jumps_between(before, after) == pytest.approx([0.5])
     assert steps.jumps_between(before, output([[0, 0, 1, 1]], [0.1])) == []
+
+
+@pytest.fixture
+def small_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full size is small, and ceilings are given: commands run as they are, in seconds."""
+    small = functools.partial(full_size, 5, 4, image=(64, 96))
+    for module in (refinement, throughput):
+        monkeypatch.setattr(module, "full_size", lambda *_, **options: small(**options))
+        known = classmethod(lambda cls, *_: cls(flops=1e9, bytes=1e9))
+        monkeypatch.setattr(
+            module, "Ceilings", type("Known", (ceilings.Ceilings,), {"measured": known})
+        )
+    monkeypatch.setattr(refinement, "SIZES", ((5, 4),))
+    monkeypatch.setattr(refinement, "CHAIN", 1)
+    monkeypatch.setattr(throughput, "IMAGE", (64, 96))
+    monkeypatch.setattr(throughput, "STEPS", 2)
+    monkeypatch.setattr(throughput, "BACKBONE", "small")
+    monkeypatch.setattr(training_step, "IMAGE", (64, 96))
+    monkeypatch.setattr(training_step, "QUERIES", 5)
+    monkeypatch.setattr(training_step, "REPEATS", 1)
+    monkeypatch.setattr(training_step, "BACKBONE", "small")
+    monkeypatch.setattr(torch, "compile", lambda layer: layer)
+
+
+def test_refinement_prints_and_writes(
+    small_everywhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = main_of("refinement", refinement.main, tmp_path, monkeypatch)
+    assert len(written["times"]) == 5
+    work = ceilings.Work.of(full_size(5, 4, image=(64, 96)), torch.float32)
+    floor = 1e3 * max(work.flops, work.bytes) / 1e9
+    assert written["apart"]["5/4"]["floor"] == pytest.approx(floor)
+    assert refinement.goals(written)[-1].met is None  # without a GPU
+
+
+def test_throughput_prints_and_writes(
+    small_everywhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = main_of("throughput", throughput.main, tmp_path, monkeypatch)
+    names = [row["name"] for row in written]
+    assert names[0] == throughput.EAGER and names[-1] == throughput.FLOOR
+    assert all(0 < row["median"] <= row["p95"] for row in written)
+    assert all(goal.met is None for goal in throughput.goals(written))
+    on_a_gpu = [*written, {"name": throughput.GRAPH, "median": 0.009, "p95": 0.01}]
+    rate, ratio = throughput.goals(on_a_gpu)
+    assert rate.met and rate.found == pytest.approx(1 / 0.009)
+    assert ratio.found == pytest.approx(written[0]["median"] / 0.009)
+
+
+@pytest.mark.slow
+def test_training_step_prints_and_writes(
+    small_everywhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_step, "seconds_of_data", lambda: 0.5)
+    monkeypatch.setattr(training_step, "RECURRENT_STEPS", (6, 8))
+    written = main_of("training_step", training_step.main, tmp_path, monkeypatch)
+    rows = {row["detector"]: row for row in written["steps"]}
+    waits = {name: row["waits"] for name, row in rows.items()}
+    assert waits == {"AdaMixer": 1, "RNNDet": 1, "DEQDet": 7}
+    assert 0 < written["without_decoder"] < min(row["peak"] for row in rows.values())
+    assert written["rnndet_memory"]["6"] == rows["RNNDet"]["peak"] < written["rnndet_memory"]["8"]
+    _, memory, waiting = training_step.goals(written)
+    assert memory.floor is not None and memory.floor < memory.found < 2
+    assert waiting.met is False and "12 refinements" in waiting.reason
+
+
+def test_a_step_without_decoder_trains_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "IMAGE", (64, 96))
+    step = training_step.Step(StackedConfig(layers=1), "cpu")
+    before = {name: p.detach().clone() for name, p in step.detector.named_parameters()}
+    step.without_decoder()
+    moved = {n for n, p in step.detector.named_parameters() if not torch.equal(p, before[n])}
+    assert any(name.startswith("neck") for name in moved)
+    assert any(name.startswith("backbone") for name in moved)
+    assert not any(name.startswith(("decoder", "queries")) for name in moved)
+
+
+# -- goals and the page --------------------------------------------------------------------------
+
+
+def test_a_goal_is_never_rounded_in_its_own_favour() -> None:
+    cells = measure.Goal("time", 0.25001, most=0.25).cells()
+    assert cells[1:4] == ("≤ 0.25", "0.2501", "**missed**")
+    assert measure.Goal("speed", 99.999, least=100).cells()[1:4] == ("≥ 100", "99.99", "**missed**")
+    assert measure.Goal("time", 0.25, most=0.25).cells()[1:4] == ("≤ 0.25", "0.25", "met")
+
+
+def test_a_goal_tells_its_reason_only_where_it_is_not_met() -> None:
+    goal = measure.Goal("time", 0.9, most=0.5, floor=0.71231, reason="It is far.")
+    assert goal.cells()[-1] == "It is far. Measured floor: 0.7124."
+    assert replace(goal, found=0.5).cells()[-1] == ""
+    unknown = replace(goal, found=None, floor=None)
+    assert unknown.met is None and unknown.cells()[2:] == ("–", "not measured", "It is far.")
+
+
+def written_results() -> list[tuple[Any, dict[str, Any]]]:
+    """The module and the file of everything that was measured."""
+    return [
+        (importlib.import_module(f"benchmarks.{path.stem}"), json.loads(path.read_text("utf-8")))
+        for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    ]
+
+
+def test_what_missed_its_goal_has_its_reason_on_the_page() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    goals = [
+        goal
+        for module, written in written_results()
+        if hasattr(module, "goals")
+        for goal in module.goals(written["results"])
+    ]
+    assert len(goals) > 20
+    for goal in goals:
+        assert goal.met or goal.reason, f"{goal.what}: missed, and nobody says why"
+        assert f"| {' | '.join(goal.cells())} |" in page
+
+
+def test_work_and_ceilings_bound_a_refinement_from_below() -> None:
+    small = full_size(5, 4, image=(64, 96))
+    work = ceilings.Work.of(small, torch.float32)
+    mixing, queries = small.layer.mixing, 5
+    large = 2 * queries * (mixing.generator.weight.numel() + mixing.project_out.weight.numel())
+    assert large < work.flops < 2 * large
+    read = sum(p.nbytes for n, p in small.layer.named_parameters() if "class_head" not in n)
+    assert work.bytes == read == 2 * ceilings.Work.of(small, torch.bfloat16).bytes
+    bound = ceilings.Ceilings(flops=work.flops / 3.0, bytes=work.bytes / 2.0)
+    assert bound.floor(work.flops, work.bytes) == pytest.approx(3.0)
 
 
 def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
