@@ -34,6 +34,7 @@ import implicit
 from benchmarks.measure import (
     Goal,
     argument_parser,
+    device,
     goals_table,
     machine,
     wide_console,
@@ -132,7 +133,7 @@ def films(model: Detector, dataset: CocoDataset) -> list[Film]:
     base = decoder.config
     decoder.config = replace(base, steps="auto")
     model.eval()
-    found = []
+    found, sizes = [], torch.tensor([[WINDOW, WINDOW]], device=device())
     for start in ("cold", "warm"):
         steps: list[float] = []
         jumps: list[float] = []
@@ -140,8 +141,8 @@ def films(model: Detector, dataset: CocoDataset) -> list[Film]:
             image = dataset[number][0]
             last: Output | None = None
             for frame in range(FRAMES):
-                window = image[None, :, frame : frame + WINDOW, frame : frame + WINDOW]
-                features, queries = model.encode(window, torch.tensor([[WINDOW, WINDOW]]))
+                window = image[None, :, frame : frame + WINDOW, frame : frame + WINDOW].to(device())
+                features, queries = model.encode(window, sizes)
                 warm = last.queries if start == "warm" and last is not None else None
                 output = decoder(features, queries, start=warm)
                 if last is not None:
@@ -244,6 +245,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
 
     model, recipe, _ = load_detector(run / "checkpoints" / "best.safetensors")
+    model = model.to(device())
     dataset = load_coco_split(data, "val", eval_transform(recipe.augmentation))
     console = wide_console()
     points = curve(model, dataset)

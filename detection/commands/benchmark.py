@@ -107,6 +107,8 @@ class Benchmark(Command):
 @torch.inference_mode()
 def _timed(run: Callable[[], object], runs: int, device: torch.device) -> tuple[list[float], int]:
     """Seconds of each run, and bytes at the peak: of the device, or of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARM_UP):
         run()
     times = []
