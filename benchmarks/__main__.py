@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 
-from benchmarks.measure import output_folder, wide_console
+from rich.table import Table
+
+from benchmarks.measure import Goal, goals_table, output_folder, wide_console, write_results
 
 COMMANDS = (
     "robustness",
@@ -29,19 +31,37 @@ COMMANDS = (
 )
 
 
+GOAL = 15
+"""Minutes on two cores, all together."""
+
+
+def tables(minutes: dict[str, float]) -> tuple[Table]:
+    """What is shown of the results that were written."""
+    table = Table("command", "minutes")
+    for name, taken in minutes.items():
+        table.add_row(f"python -m benchmarks.{name}", f"{taken:.1f}")
+    return (table,)
+
+
+def goals(minutes: dict[str, float]) -> list[Goal]:
+    """Of all commands together."""
+    return [Goal("minutes in all", sum(minutes.values()), most=GOAL)]
+
+
 def main() -> None:
     """Run them; stop at the first that fails."""
     folder, console = output_folder(__doc__), wide_console()
-    start = time.perf_counter()
+    minutes: dict[str, float] = {}
     for name in COMMANDS:
         console.rule(f"python -m benchmarks.{name}")
         began = time.perf_counter()
         command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(folder)]
         if subprocess.run(command).returncode:
             raise SystemExit(f"python -m benchmarks.{name} failed; the results so far are kept.")
-        console.print(f"{name}: {(time.perf_counter() - began) / 60:.1f} minutes")
+        minutes[name] = (time.perf_counter() - began) / 60
+    write_results(folder, "__main__", minutes)
+    console.print(*tables(minutes), goals_table(goals(minutes)))
     subprocess.run([sys.executable, "-m", "benchmarks.report", "--output", str(folder)], check=True)
-    console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":

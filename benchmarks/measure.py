@@ -251,7 +251,7 @@ def provenance(module: str) -> dict[str, Any]:
     return {
         "machine": machine(),
         "versions": versions,
-        "command": f"python -m benchmarks.{module}",
+        "command": f"python -m benchmarks.{module}".removesuffix(".__main__"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

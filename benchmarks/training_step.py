@@ -14,6 +14,8 @@ its output is differentiated and let go before the next one is there.  To match 
 would have to be computed without gradient before, which takes as many refinements more as there are
 positions times those of the gradient.
 
+The detectors take turns, and the first turn is not counted; medians.
+
 Time is told apart by a stopwatch at the borders of the parts, each exclusive of those inside it;
 ``path`` is the refinement without gradient, ``supervised`` what is differentiated at its positions,
 forward and backward, and ``backward`` the rest of the backward pass: backbone, neck, and the
@@ -206,13 +208,17 @@ class Measured:
         return sum(self.seconds.values())
 
 
-def measure(name: str, decoder: DecoderConfig, device: str, repeats: int = REPEATS) -> Measured:
-    """Time and memory; the first step is not counted."""
-    step = Step(decoder, device)
-    step()
-    runs = [step.split() for _ in range(repeats)]
-    parts = {part: statistics.median(run.parts[part] for run in runs) for part in PARTS}
-    return Measured(name, parts, peak_bytes(step), runs[0].entered["matching"])
+def measure(steps: dict[str, Step], repeats: int) -> list[Measured]:
+    """Time and memory of all, which take turns; the first turn is not counted."""
+    for step in steps.values():
+        step()
+    rounds = [{name: step.split() for name, step in steps.items()} for _ in range(repeats)]
+    found = []
+    for name, step in steps.items():
+        runs = [turn[name] for turn in rounds]
+        parts = {part: statistics.median(run.parts[part] for run in runs) for part in PARTS}
+        found.append(Measured(name, parts, peak_bytes(step), runs[0].entered["matching"]))
+    return found
 
 
 def memory(decoder: DecoderConfig, device: str) -> int:
@@ -220,13 +226,6 @@ def memory(decoder: DecoderConfig, device: str) -> int:
     step = Step(decoder, device)
     step()  # the optimiser makes its state
     return peak_bytes(step)
-
-
-def memory_without_decoder(device: str) -> int:
-    """Peak of a step of the backbone and the neck alone."""
-    step = Step(StackedConfig(), device)
-    step.without_decoder()
-    return peak_bytes(step.without_decoder)
 
 
 def seconds_of_data(repeats: int = 4) -> float:
@@ -283,7 +282,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
 def main() -> None:
     """Print both tables; write the results."""
     folder, console = output_folder(__doc__), wide_console()
-    found = [measure(name, decoder, device()) for name, decoder in DETECTORS.items()]
+    steps = {name: Step(decoder, device()) for name, decoder in DETECTORS.items()}
+    found = measure(steps, REPEATS)
     first = found[0]
     table = Table("seconds", *PARTS, "step", "over AdaMixer", "peak, GiB", "over AdaMixer", "waits")
     for row in found:
@@ -299,7 +299,8 @@ def main() -> None:
     data = seconds_of_data()
     console.print(f"A training step, ResNet-50, batch {BATCH}, 800×1344. {machine()}.")
     console.print(table)
-    least = memory_without_decoder(device())
+    least = peak_bytes(steps["AdaMixer"].without_decoder)
+    del steps
     console.print(f"data: {data:.2f} s. Backbone and neck alone: {least / 2**30:.2f} GiB.")
     growth = {
         t: found[1].peak if t == RecurrentConfig().steps else memory(RecurrentConfig(t), device())

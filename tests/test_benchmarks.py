@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import implicit
+from benchmarks import __main__ as everything
 from benchmarks import (
     ceilings,
     detectors,
@@ -547,6 +548,21 @@ def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     assert "## `python -m benchmarks.overhead`" in page
     assert "a table" in page and "](results/overhead.png)" in page
     assert measure.machine() in page
+
+
+@pytest.mark.slow
+def test_all_commands_are_timed_and_the_page_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process of its own; with two of the quick ones, told by name."""
+    monkeypatch.setattr(everything, "COMMANDS", ("gradient_error", "mixed_batches"))
+    folder = tmp_path / "results"
+    written = main_of("__main__", everything.main, folder, monkeypatch)
+    assert list(written) == ["gradient_error", "mixed_batches"] and min(written.values()) > 0
+    assert everything.goals(written)[0].found == sum(written.values())
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "## `python -m benchmarks`\n" in page and "minutes in all | ≤ 15" in page
+    assert page.count("## `python -m benchmarks.") == 2
 
 
 def test_the_page_in_the_repository_is_that_of_its_results() -> None:
