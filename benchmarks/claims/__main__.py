@@ -19,11 +19,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.claims import cost, running
+from benchmarks.claims import cost, limits, running
+from benchmarks.claims.data import describe
 from benchmarks.claims.grid import CLAIMS, COMPARISONS, Arm
 from benchmarks.claims.jobs import Job
+from benchmarks.claims.plots import draw
 from benchmarks.claims.presets import PRESETS, Preset, chosen, cores, preset
-from benchmarks.claims.results import Record, append, latest, of_version, path_of, read
+from benchmarks.claims.results import Record, append, by_arm, latest, of_version, path_of, read
+from benchmarks.claims.tables import failures, sheets
 from benchmarks.claims.versions import fingerprint
 from benchmarks.measure import argument_parser, wide_console
 
@@ -81,14 +84,14 @@ class Session:
         """The results."""
         return path_of(self.output, self.size.name)
 
-    def records(self, every: Sequence[Job]) -> list[Record]:
+    def records(self, every: Sequence[Job], tell: bool = True) -> list[Record]:
         """The results that count; what is damaged or of another version is told."""
         records, told = read(self.path)
         for text in told:
             self.console.print(text)
         version = every[0].code, every[0].data["digest"]
         counting, others = of_version(records, version, self.any_version)
-        if others:
+        if others and tell:
             taken = "taken in" if self.any_version else "left out; --any-version takes them in"
             self.console.print(
                 f"{others} result{'s are' if others > 1 else ' is'} of other code or data (this "
@@ -100,12 +103,13 @@ class Session:
         """Do what is left to do."""
         size = self.size
         if size.data.kind != "folder" and not (given or size.data.default).exists():
-            cost.check_disk(given or size.data.default, size.data.bytes, "The images")
+            limits.check_disk(given or size.data.default, size.data.bytes, "The images")
             self.console.print(f"Composing {given or size.data.default} …")
         root = size.data.prepare(given)
         if size.device == "cuda" and not torch.cuda.is_available():
             raise SystemExit(f"The preset {size.name!r} needs a CUDA device, and there is none.")
-        data = running.describe(size, root)
+        skip_empty = size.base(size.bases[0][0]).skip_empty
+        data = describe(size.data, root, skip_empty)
         every = running.jobs_of(size, root, data, fingerprint(), self.work, self.jobs)
         records = self.records(every)
         left = running.remaining(every, records, retry)
@@ -118,9 +122,15 @@ class Session:
         if failed and not retry:
             self.console.print(f"{len(failed)} of those done failed; --retry tries them again.")
         if left:
-            self.do(left, every, dry, retry)
+            self.do(left, dry, retry)
+        if not dry:
+            wanted = {job.run for job in every}
+            counting = [
+                record for record in self.records(every, tell=False) if record.run in wanted
+            ]
+            show(counting, self.output, size.name, self.console)
 
-    def do(self, left: list[Job], every: list[Job], dry: bool, retry: bool) -> None:
+    def do(self, left: list[Job], dry: bool, retry: bool) -> None:
         """Say what is left will take; then do it."""
         console = self.console
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -147,8 +157,8 @@ class Session:
             f"About {cost.hours_text(total)} in all, {self.jobs * peak / 2**30:.1f} GiB of memory, "
             f"{disk / 2**30:.1f} GiB of disk."
         )
-        cost.check_disk(self.work, disk, "The checkpoints")
-        cost.check_memory(self.jobs * peak, self.size.device, self.jobs)
+        limits.check_disk(self.work, disk, "The checkpoints")
+        limits.check_memory(self.jobs * peak, self.size.device, self.jobs)
         if dry:
             return
         if retry:
@@ -172,6 +182,18 @@ class Session:
             )
 
         running.run(left, self.jobs, ended)
+
+
+def show(records: Sequence[Record], folder: Path, name: str, console: Console) -> None:
+    """Print the tables and draw the plots of what there is."""
+    found = by_arm(records)
+    failed = [record for record in latest(records).values() if not record.finished]
+    for sheet in (*sheets(found), failures(failed)):
+        if sheet.rows:
+            console.print(sheet.rich())
+    if found:
+        drawn = draw(found, folder, name)
+        console.print(f"Plots: {', '.join(str(path) for path in drawn)}.")
 
 
 def main() -> None:

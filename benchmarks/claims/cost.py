@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import resource
-import shutil
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.claims.jobs import Job, begin, first_batches, load
+from benchmarks.claims.jobs import Job, begin, load
+from benchmarks.claims.measuring import first_batches
 from benchmarks.claims.running import deaf
 from benchmarks.measure import seconds
 from detection.distributed import Distributed
@@ -196,60 +195,11 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Refuse what the disk has no room for.
-
-    Raises:
-        SystemExit: with a sentence.
-    """
-    existing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise SystemExit(
-            f"{what} need {_size(needed)} in {folder} and there are {_size(free)} free: make room, "
-            "or choose a smaller preset."
-        )
-
-
-def check_memory(needed: int, device: str, jobs: int) -> None:
-    """Refuse what the memory has no room for.
-
-    Raises:
-        SystemExit: with a sentence.
-    """
-    free = free_memory(device)
-    if needed > free:
-        fewer = max(1, int(free * jobs / needed))
-        hint = f"--jobs {fewer}" if fewer < jobs else "a smaller preset"
-        raise SystemExit(
-            f"{jobs} runs at once need {_size(needed)} of memory and there are {_size(free)} free "
-            f"on {device}: choose {hint}."
-        )
-
-
-def free_memory(device: str) -> int:
-    """Bytes that can be had now."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        (found,) = (line for line in lines if line.startswith("MemAvailable:"))
-        return 1024 * int(found.split()[1])
-    except (OSError, ValueError):
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
 def disk_needed(jobs: Iterable[Job], timings: dict[str, Timing], parallel: int) -> int:
     """Bytes: the weights of every run, and the checkpoints of those that go on at once."""
     every = [timings[job.run] for job in jobs]
     largest = max((timing.checkpoint for timing in every), default=0)
     return sum(timing.weights for timing in every) + parallel * KEPT * largest
-
-
-def _size(number: int) -> str:
-    return f"{number / 2**30:.1f} GiB"
 
 
 def now() -> float:

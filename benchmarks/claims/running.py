@@ -15,23 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.jobs import Job, execute
-from benchmarks.claims.presets import Preset, cores, digest_of
+from benchmarks.claims.presets import Preset, cores
 from benchmarks.claims.results import Record, latest
-from detection.data import load_coco_folder
-
-
-def describe(preset: Preset, root: Path) -> dict[str, Any]:
-    """What the records say of the data."""
-    made = preset.base(preset.bases[0][0])
-    train_set, val_set = load_coco_folder(root, skip_empty=made.skip_empty)
-    return {
-        "kind": preset.data.kind,
-        "train_images": len(train_set),
-        "val_images": len(val_set),
-        "val_objects": sum(len(found) for found in val_set.coco.imgToAnns.values()),
-        "classes": len(train_set.categories),
-        "digest": digest_of(root),
-    }
 
 
 def jobs_of(

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.claims.grid import CLAIMS, COMPARISONS, Arm, Comparison, Row, arms
+from benchmarks.claims.grid import CLAIMS, COMPARISONS, Comparison, Row, arms
 from benchmarks.claims.results import Record
 from benchmarks.claims.statistics import Estimate, difference, verdict
 
@@ -154,18 +154,17 @@ def _figure(values: Iterable[Any]) -> str:
 
 def label(name: str) -> str:
     """What an arm is called in tables."""
-    known: dict[str, Arm] = arms()
+    known = arms()
     return known[name].label if name in known else name
 
 
 def distinct(found: Found) -> dict[str, list[Record]]:
-    """The records of each run, once, under the label of its first arm."""
+    """The records of each run, once, under the label of its first arm; in the grid's order."""
     made: dict[str, list[Record]] = {}
-    for by_seed in found.values():
-        for record in by_seed.values():
-            runs = made.setdefault(label(record.arms[0]), [])
-            if record not in runs:
-                runs.append(record)
+    for name in arms():
+        for record in found.get(name, {}).values():
+            if record.arms[0] == name:
+                made.setdefault(label(name), []).append(record)
     return made
 
 
