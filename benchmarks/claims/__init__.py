@@ -1,5 +1,6 @@
 """The paper's claims, measured: ``python -m benchmarks.claims --preset cpu``.
 
-Read from the top: `grid` says what is compared, `presets` at which size, `statistics` what decides;
-`running` does the runs and `results` keeps them; `tables`, `plots` and `page` show them.
+What is compared: `arms`, `grid`, `statements`; at which size: `presets`, `data`.  A run: `jobs`,
+`measuring`, `inference` (`paths`, `fixed_points`); many of them: `running`, `cost`, `limits`.  What
+is kept: `results`, `versions`; what is shown: `statistics`, `tables`, `studies`, `plots`, `page`.
 """

@@ -20,12 +20,15 @@ import torch
 from rich.console import Console
 
 from benchmarks.claims import cost, limits, running
+from benchmarks.claims.arms import Arm
 from benchmarks.claims.data import describe
-from benchmarks.claims.grid import CLAIMS, COMPARISONS, Arm
+from benchmarks.claims.grid import COMPARISONS
 from benchmarks.claims.jobs import Job
 from benchmarks.claims.plots import draw
 from benchmarks.claims.presets import PRESETS, Preset, chosen, cores, preset
 from benchmarks.claims.results import Record, append, by_arm, latest, of_version, path_of, read
+from benchmarks.claims.statements import CLAIMS
+from benchmarks.claims.studies import studies
 from benchmarks.claims.tables import failures, sheets
 from benchmarks.claims.versions import fingerprint
 from benchmarks.measure import argument_parser, wide_console
@@ -188,7 +191,7 @@ def show(records: Sequence[Record], folder: Path, name: str, console: Console) -
     """Print the tables and draw the plots of what there is."""
     found = by_arm(records)
     failed = [record for record in latest(records).values() if not record.finished]
-    for sheet in (*sheets(found), failures(failed)):
+    for sheet in (*sheets(found), *studies(found), failures(failed)):
         if sheet.rows:
             console.print(sheet.rich())
     if found:

@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.claims.grid import CLAIMS
 from benchmarks.claims.plots import draw
 from benchmarks.claims.results import Record, by_arm, of_version, path_of, read
+from benchmarks.claims.statements import CLAIMS
+from benchmarks.claims.studies import studies
 from benchmarks.claims.tables import ap_of, sheets
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,10 @@ def block(records: Sequence[Record], others: int, name: str) -> str:
     if not records:
         return "*Not measured yet.*"
     found = by_arm(records)
-    parts = [_origin(records, others), *(sheet.markdown() for sheet in sheets(found))]
+    parts = [
+        _origin(records, others),
+        *(sheet.markdown() for sheet in (*sheets(found), *studies(found))),
+    ]
     missing = [
         claim.statement
         for claim in CLAIMS
@@ -53,12 +57,12 @@ def block(records: Sequence[Record], others: int, name: str) -> str:
     if failed:
         reasons = "; ".join(f"{r.arms[0]}, seed {r.seed}: {r.reason}" for r in failed)
         parts.append(f"Failed: {reasons}.")
-    shown = [
+    plots = [
         f"![{text}](images/claims-{name}-{plot}.png)"
         for plot, text in PLOTS.items()
         if (PAGE.parent / "images" / f"claims-{name}-{plot}.png").exists()
     ]
-    return "\n\n".join([*parts, *shown])
+    return "\n\n".join([*parts, *plots])
 
 
 def _origin(records: Sequence[Record], others: int) -> str:

@@ -7,10 +7,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
+from benchmarks.claims.arms import Arm
 from benchmarks.claims.data import Data
-from benchmarks.claims.grid import Arm, arms, nearest
+from benchmarks.claims.grid import arms
 from detection.configuration import to_json
 from detection.models.config import EquilibriumConfig, StackedConfig
 from detection.recipes import recipe
@@ -177,6 +179,13 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }
+
+
+def nearest(kind: str, name: str, known: list[str]) -> str:
+    """The sentence that refuses an unknown name."""
+    near = get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"There is no {kind} {name!r}.{hint} Known: {', '.join(known)}."
 
 
 def preset(name: str) -> Preset:

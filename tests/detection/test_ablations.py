@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-import implicit
+from benchmarks.claims.grid import COMPARISONS
 from detection.data.types import Target
 from detection.models.config import (
     BackboneConfig,
     EquilibriumConfig,
-    PerturbationConfig,
 )
 from detection.models.detector import Detector
 from detection.recipes import recipe
@@ -24,35 +22,16 @@ BASE = recipe("deqdet_init64_r50_1x")
 """The paper's ablations begin from 64 points in the initialisation layer: 45.5 AP."""
 
 
-def noise(content: float, position: float, entry: Any = "multi-step") -> dict[str, Any]:
-    return {"perturbation": PerturbationConfig(content, position, entry=entry)}
-
-
-ROWS: dict[str, dict[str, Any]] = {
-    "4a, none": {"initial": "shared", "initial_points": None},
-    "4a, 32": {"initial_points": 32},
-    "4a, 64": {},
-    "4b, 0": {"extra_supervision": 0},
-    "4b, 1": {"extra_supervision": 1},
-    "4b, 2": {"extra_supervision": 2},
-    **{f"4c, {k}": {"gradient": implicit.RAG(k)} for k in (1, 2, 3, 4)},
-    **{
-        f"4d, {m} {c}": {"multiples": m, "spacing": c} for m, c in ((4, 3), (4, 4), (3, 3), (5, 3))
-    },
-    "4e, none": noise(0, 0),
-    "4e, zero": noise(0.1, 25, "zero-step"),
-    "4e, one": noise(0.1, 25, "one-step"),
-    "4e, multi": noise(0.1, 25, "multi-step"),
-    **{
-        f"4f, {q} {p}": noise(q, p) for q, p in ((0, 0), (0, 25), (0, 50), (0.1, 0), (0.2, 0))
-    },
-    **{f"4g, {q} {p}": noise(q, p) for q, p in ((0.1, 25), (0.1, 50), (0.2, 25), (0.2, 50))},
-    **{f"4h, {t}": {"train_steps": t} for t in (15, 20, 25)},
-}  # fmt: skip
+ROWS = {
+    f"{comparison.name}, {row.label}": row.arm.recipe({"deqdet": BASE})
+    for comparison in COMPARISONS
+    for row in comparison.rows
+    if comparison.name.startswith("4") and row.paper is not None
+}
 POSITIONS = {
-    "4d, 4 4": (1, 4, 8, 12, 16, 20),
-    "4d, 3 3": (1, 3, 6, 9, 20),
-    "4d, 5 3": (1, 3, 6, 9, 12, 15, 20),
+    "4d, m = 4, C = 4": (1, 4, 8, 12, 16, 20),
+    "4d, m = 3, C = 3": (1, 3, 6, 9, 20),
+    "4d, m = 5, C = 3": (1, 3, 6, 9, 12, 15, 20),
     "4h, 15": (1, 3, 6, 9, 12, 15),
     "4h, 25": (1, 3, 6, 9, 12, 25),
 }
@@ -62,7 +41,7 @@ POSITIONS = {
 @pytest.mark.parametrize("row", ROWS)
 def test_a_training_step_of_every_row(row: str) -> None:
     """At the width of a toy, with the decoder's settings as they are."""
-    decoder = replace(BASE.model.decoder, **ROWS[row])
+    decoder = ROWS[row].model.decoder
     assert isinstance(decoder, EquilibriumConfig)
     assert decoder.positions == POSITIONS.get(row, (1, 3, 6, 9, 12, 20))
     narrow = replace(
