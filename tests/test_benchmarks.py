@@ -540,13 +540,13 @@ def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     folder.mkdir()
     console = measure.wide_console()
     console.print("a table")
-    measure.write_results(folder, "overhead", [], console)
-    (folder / "overhead.png").write_bytes(b"")
+    measure.write_results(folder, "scaling", [], console)
+    (folder / "scaling.png").write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["report", "--output", str(folder)])
     report.main()
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "## `python -m benchmarks.overhead`" in page
-    assert "a table" in page and "](results/overhead.png)" in page
+    assert "## `python -m benchmarks.scaling`" in page
+    assert "a table" in page and "](results/scaling.png)" in page
     assert measure.machine() in page
 
 
