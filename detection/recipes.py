@@ -89,6 +89,7 @@ def _small(
     size: int,
     queries: int,
     epochs: int,
+    batch: int,
 ) -> Entry:
     """An embedded data set on CPU cores, from random weights."""
     recipe = Recipe(
@@ -107,7 +108,7 @@ def _small(
             schedule="one_cycle",
             warmup_steps=100,
             epochs=epochs,
-            batch_size=16,
+            batch_size=batch,
         ),
         average=0.998,
         evaluate_every=2,
@@ -117,11 +118,11 @@ def _small(
 
 
 def _digits(name: str, decoder: DecoderConfig, layer: AnyLayerConfig) -> Entry:
-    return _small(name, decoder, layer, size=128, queries=20, epochs=4)
+    return _small(name, decoder, layer, size=128, queries=20, epochs=4, batch=16)
 
 
 def _scenes(name: str, decoder: DecoderConfig) -> Entry:
-    return _small(name, decoder, _SCENES_LAYER, size=256, queries=30, epochs=12)
+    return _small(name, decoder, _SCENES_LAYER, size=256, queries=30, epochs=10, batch=8)
 
 
 _P64 = LayerConfig(points=64)
