@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks.claims import cost, limits, running
 from benchmarks.claims.arms import Arm
+from benchmarks.claims.backbone import prepare_backbone
 from benchmarks.claims.data import describe
 from benchmarks.claims.grid import COMPARISONS
 from benchmarks.claims.jobs import Job
@@ -164,6 +165,16 @@ class Session:
         limits.check_memory(self.jobs * peak, self.size.device, self.jobs)
         if dry:
             return
+        if self.size.teaching:
+            first = left[0]
+            prepare_backbone(
+                first.root,
+                first.recipe,
+                self.size.teaching,
+                Path(first.recipe.model.backbone.weights),
+                torch.device(self.size.device),
+                console,
+            )
         if retry:
             for job in left:
                 running.forget(job)

@@ -35,6 +35,8 @@ class Preset:
         jobs: runs at once.
         device: where they run.
         sample: validation images on which fixed points are looked at closely.
+        teaching: epochs of `benchmarks.claims.backbone`, where there are no ImageNet weights; 0
+            for none.
         changes: further fields that all recipes have otherwise than their bases, the same for all.
     """
 
@@ -49,6 +51,7 @@ class Preset:
     jobs: int
     device: Literal["cpu", "cuda"]
     sample: int
+    teaching: int = 0
     changes: Callable[[Recipe], Recipe] = field(default=lambda made: made)
 
     def base(self, name: str) -> Recipe:
@@ -84,7 +87,11 @@ class Preset:
         """What tells runs apart, but for the seed: all that decides what comes out."""
         # These decide nothing, and a name is not the thing.
         plain = replace(made, name="", seed=0, workers=0, save_minutes=0.0)
-        told: Mapping[str, Any] = {"recipe": to_json(plain), "data": asdict(self.data)}
+        told: Mapping[str, Any] = {
+            "recipe": to_json(plain),
+            "data": asdict(self.data),
+            "teaching": self.teaching,
+        }
         text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -132,6 +139,7 @@ PRESETS: dict[str, Preset] = {
             jobs=2,
             device="cpu",
             sample=2,
+            teaching=1,
             changes=_toy,
         ),
         Preset(
@@ -146,6 +154,7 @@ PRESETS: dict[str, Preset] = {
             jobs=2,
             device="cpu",
             sample=16,
+            teaching=6,
         ),
         Preset(
             name="gpu",
@@ -159,6 +168,7 @@ PRESETS: dict[str, Preset] = {
             jobs=14,
             device="cuda",
             sample=16,
+            teaching=6,
         ),
         Preset(
             name="coco",

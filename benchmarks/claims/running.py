@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.claims.jobs import Job, execute
 from benchmarks.claims.presets import Preset, cores
 from benchmarks.claims.results import Record, latest
+from detection.training.recipe import Recipe
 
 
 def jobs_of(
@@ -24,6 +25,9 @@ def jobs_of(
 ) -> list[Job]:
     """Every run of a preset, once; all arms have their first seed first."""
     recipes = preset.recipes()
+    if preset.teaching:
+        path = str(work / f"backbone-{code}-{data['digest']}.safetensors")
+        recipes = {name: with_backbone(made, path) for name, made in recipes.items()}
     return [
         Job(
             run=run,
@@ -41,6 +45,12 @@ def jobs_of(
         for seed in preset.seeds
         for run, names in preset.runs().items()
     ]
+
+
+def with_backbone(made: Recipe, weights: str) -> Recipe:
+    """The recipe, beginning from other weights of the backbone."""
+    backbone = replace(made.model.backbone, weights=weights)
+    return replace(made, model=replace(made.model, backbone=backbone))
 
 
 def remaining(jobs: Sequence[Job], records: Iterable[Record], retry: bool) -> list[Job]:

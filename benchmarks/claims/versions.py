@@ -1,7 +1,8 @@
 """Which code a result is of: a fingerprint of the modules that decide a training run.
 
-It is that of the syntax tree, without comments, docstrings and layout, of `detection.training.loop`
-and everything that it imports from these two packages, but for what only shows, stores or fetches.
+It is that of the syntax tree, without comments, docstrings and layout, of the training loop, of what
+teaches the backbone, and of everything that they import from this repository, but for what only
+shows, stores or fetches.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BEGIN = ("detection.training.loop", "detection.data.folders")
-PACKAGES = ("implicit", "detection")
+BEGIN = ("detection.training.loop", "detection.data.folders", "benchmarks.claims.backbone")
+PACKAGES = ("implicit", "detection", "benchmarks")
 APART = (
     "detection.checkpoints",
     "detection.configuration",

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class PretrainedUnavailable(RuntimeError):
-    """ImageNet weights are neither at hand nor to be fetched."""
+    """Weights to start from are neither at hand nor to be fetched, or do not fit."""
 
 
 class Backbone(nn.Module, ABC):
@@ -177,6 +179,32 @@ def build_backbone(name: str, *, pretrained: bool = False, frozen_stages: int = 
     raise ValueError(
         f"There is no backbone {name!r}: use resnet18, resnet50, resnet101, swin_s or small."
     )
+
+
+def load_backbone(backbone: Backbone, path: str | Path) -> None:
+    """Load a backbone's weights.
+
+    Args:
+        backbone: to load them into.
+        path: of a ``.safetensors`` file with its state dict.
+
+    Raises:
+        PretrainedUnavailable: if the file cannot be read, or is that of another backbone.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> path = Path(tempfile.mkdtemp()) / "backbone.safetensors"
+        >>> save_file(build_backbone("small").state_dict(), path)
+        >>> load_backbone(build_backbone("small"), path)
+    """
+    try:
+        backbone.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise PretrainedUnavailable(
+            f"{path} holds no weights for this backbone ({type(backbone).__name__}): {error}. Give "
+            "a .safetensors file of its state dict, or none (--model.backbone.weights '')."
+        ) from error
 
 
 def _torchvision(name: str, weights: Any) -> Any:

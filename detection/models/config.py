@@ -31,12 +31,14 @@ class BackboneConfig:
     Args:
         name: ``resnet18``, ``resnet50``, ``resnet101``, ``swin_s``, or ``small`` (for CPUs).
         pretrained: start from torchvision's ImageNet weights (needs a network, once).
+        weights: a ``.safetensors`` file to start from instead, with the backbone's state dict.
         frozen_stages: how many stages, counted after the stem, get no gradient (ResNet only;
             the stem is frozen with the first).
     """
 
     name: Literal["resnet18", "resnet50", "resnet101", "swin_s", "small"] = "resnet50"
     pretrained: bool = True
+    weights: str = ""
     frozen_stages: int = 1
 
 

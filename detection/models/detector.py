@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import implicit
 from detection.decoder.queries import Queries
-from detection.models.backbones import build_backbone
+from detection.models.backbones import build_backbone, load_backbone
 from detection.models.config import ModelConfig
 from detection.models.decoders import Criterion, Output, Supervised, build_decoder
 from detection.models.neck import ChannelMapper
@@ -55,8 +55,12 @@ class Detector(nn.Module):
         channels = config.layer.feature_channels
         backbone = config.backbone
         self.backbone = build_backbone(
-            backbone.name, pretrained=backbone.pretrained, frozen_stages=backbone.frozen_stages
+            backbone.name,
+            pretrained=backbone.pretrained and not backbone.weights,
+            frozen_stages=backbone.frozen_stages,
         )
+        if backbone.weights:
+            load_backbone(self.backbone, backbone.weights)
         self.neck = ChannelMapper(
             self.backbone.channels,
             channels,

@@ -66,5 +66,5 @@ class Recipe:
 
     def without_pretraining(self) -> Recipe:
         """The recipe with a backbone of random weights, for when others are loaded anyway."""
-        backbone = replace(self.model.backbone, pretrained=False)
+        backbone = replace(self.model.backbone, pretrained=False, weights="")
         return replace(self, model=replace(self.model, backbone=backbone))
