@@ -1,8 +1,8 @@
 """Which code a result is of: a fingerprint of the modules that decide a training run.
 
-It is that of the syntax tree, without comments, docstrings and layout, of the training loop, of what
-teaches the backbone, and of everything that they import from this repository, but for what only
-shows, stores or fetches.
+It is that of the syntax tree, without comments, docstrings and layout, of the training loop, of
+what teaches the backbone, and of everything that they import from this repository, but for what
+only shows, stores or fetches.
 """
 
 from __future__ import annotations

@@ -8,11 +8,14 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from detection.models import backbones
-from detection.models.backbones import PretrainedUnavailable, build_backbone
+from detection.models.backbones import PretrainedUnavailable, build_backbone, load_backbone
+from detection.models.config import BackboneConfig, ModelConfig
+from detection.models.detector import Detector
 
 NAMES = ["resnet18", "resnet50", "resnet101", "swin_s", "small"]
 
@@ -197,3 +200,24 @@ def test_what_does_not_exist_is_refused() -> None:
         build_backbone("small", pretrained=True)
     with pytest.raises(ValueError, match="frozen_stages=5"):
         build_backbone("resnet18", frozen_stages=5)
+
+
+def test_a_detector_begins_from_weights_of_ones_own(tmp_path: Path, no_network: Path) -> None:
+    """Also where ImageNet's are asked for: they are not fetched then."""
+    path = tmp_path / "backbone.safetensors"
+    given = build_backbone("resnet18")
+    save_file(given.state_dict(), path)
+    config = ModelConfig(BackboneConfig("resnet18", weights=str(path)), num_queries=2)
+    found = Detector(config).backbone.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in given.state_dict().items())
+
+
+@pytest.mark.parametrize("what", ["nowhere", "damaged", "another"])
+def test_weights_that_cannot_be_begun_from_are_named(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "backbone.safetensors"
+    if what == "damaged":
+        path.write_bytes(b"no weights")
+    elif what == "another":
+        save_file(build_backbone("small").state_dict(), path)
+    with pytest.raises(PretrainedUnavailable, match=r"backbone.safetensors holds no weights"):
+        load_backbone(build_backbone("resnet18"), path)
