@@ -111,7 +111,7 @@ def run(jobs: Sequence[Job], parallel: int, on_end: Callable[[Job, Record], None
                 with deaf():
                     process.start()
                 going[process.sentinel] = process, job
-            for sentinel in wait(list(going)):
+            for sentinel in wait(list(going)) if going else ():
                 process, job = going.pop(sentinel)  # type: ignore[index]
                 process.join()
                 record = left_behind(job) or job.record("failed", reason=_ending(process, job))
