@@ -78,7 +78,7 @@ def _anderson() -> Settings:
     found: Settings = {("Anderson", str(n)): lambda path, n=n: path.best(n) for n in ANDERSON_STEPS}
     for rtol in TOLERANCES:
         key = "Anderson, tolerance", f"{rtol:g}"
-        found[key] = lambda path, rtol=rtol: path.within(rtol)
+        found[key] = lambda path, rtol=rtol: path.within_or_best(rtol)
     return found
 
 
@@ -92,11 +92,11 @@ def _curve(
         for batch in batches(model, dataset):
             path = Path(model, batch, solver, MOST_STEPS)
             found = [read_output(output, batch, most) for output in path.outputs()]
-            residuals.append((path.residual, *path.changes()))
+            residuals.append((path.residual[: path.steps], *path.changes()))
             for key, choose in settings.items():
                 taken = choose(path)
-                # Anderson takes all its steps, whichever of its states is the best.
-                steps[key] += path.fixed(int(key[1])) if key[0] == "Anderson" else taken
+                counts = counted(path, *key) or taken
+                steps[key] += [max(step, 0) for step in counts]
                 for image, step in enumerate(taken):
                     number = batch.targets[image].image_id
                     results[key] += found[step][image].to_coco(number, dataset.categories)
@@ -111,6 +111,13 @@ def _curve(
         "percentiles": list(PERCENTILES),
         **{name: _percentiles(values) for name, values in zip(names, joined, strict=True)},
     }
+
+
+def counted(path: Path, kind: str, setting: str) -> list[int]:
+    """The steps that Anderson takes to its best state, which may be an earlier one."""
+    if kind == "Anderson":
+        return path.fixed(int(setting))
+    return path.within(float(setting)) if kind == "Anderson, tolerance" else []
 
 
 def _stacked_curve(model: Detector, dataset: CocoDataset, most: int) -> list[dict[str, Any]]:

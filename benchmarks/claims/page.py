@@ -37,8 +37,9 @@ def newest(path: Path) -> tuple[list[Record], int]:
     return of_version(records, records[-1].version) if records else ([], 0)
 
 
-def block(records: Sequence[Record], others: int, name: str) -> str:
+def block(results: Path, name: str) -> str:
     """What stands between the marks of a preset; ``name`` is that of the preset."""
+    records, others = newest(path_of(results, name))
     if not records:
         return "*Not measured yet.*"
     found = by_arm(records)
@@ -58,9 +59,9 @@ def block(records: Sequence[Record], others: int, name: str) -> str:
         reasons = "; ".join(f"{r.arms[0]}, seed {r.seed}: {r.reason}" for r in failed)
         parts.append(f"Failed: {reasons}.")
     plots = [
-        f"![{text}](images/claims-{name}-{plot}.png)"
+        f"![{text}](../benchmarks/results/claims-{name}-{plot}.png)"
         for plot, text in PLOTS.items()
-        if (PAGE.parent / "images" / f"claims-{name}-{plot}.png").exists()
+        if (results / f"claims-{name}-{plot}.png").exists()
     ]
     return "\n\n".join([*parts, *plots])
 
@@ -76,7 +77,7 @@ def _origin(records: Sequence[Record], others: int) -> str:
         f"{last.code}, data {last.data['digest']}."
     )
     if others:
-        text += f" {others} results of other code or data are left out."
+        text += f" Left out, of other code or data: {others}."
     return f"{text}*"
 
 
@@ -96,8 +97,7 @@ def put(text: str, name: str, content: str) -> str:
 def written(text: str, results: Path) -> str:
     """The page as the results have it."""
     for name in re.findall(r"<!-- claims: (\w+) -->", text):
-        records, others = newest(path_of(results, name))
-        text = put(text, name, block(records, others, name))
+        text = put(text, name, block(results, name))
     return text
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     for name in re.findall(r"<!-- claims: (\w+) -->", text):
         records, _ = newest(path_of(RESULTS, name))
         if records:
-            draw(by_arm(records), PAGE.parent / "images", name)
+            draw(by_arm(records), RESULTS, name)
     PAGE.write_text(written(text, RESULTS), encoding="utf-8")
 
 

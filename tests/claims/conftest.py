@@ -16,11 +16,12 @@ def make_record() -> MakeRecord:
     """A finished record of an arm: its AP in per cent, and whatever else is to differ."""
 
     def make(arm: str, seed: int, ap: float, **more: object) -> Record:
+        tied = arm != "adamixer"
+        kind = "naive" if tied else "layers"
         curve = [
-            {"kind": "naive", "setting": str(n), "steps": n, "AP": ap / 100 - 0.1 / (n + 1)}
+            {"kind": kind, "setting": str(n), "steps": n, "AP": ap / 100 - 0.1 / (n + 1)}
             for n in (0, 6, 25)
         ]
-        tied = arm != "adamixer"
         look = {
             "content": [1e-2, 5e-3, 2e-3, 1e-3],
             "boxes": [0.1] * 4,
