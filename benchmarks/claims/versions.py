@@ -69,7 +69,7 @@ def stripped(source: str) -> str:
     r"""What a module does, as text that comments, docstrings and layout do not change.
 
     Example:
-        >>> stripped("x = 1  # one") == stripped("'''Said.'''\\n\\nx  =  1")
+        >>> stripped("x = 1  # one") == stripped("'''Said.'''\n\nx  =  1")
         True
     """
     return _text(ast.parse(source))
