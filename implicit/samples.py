@@ -65,4 +65,4 @@ class Samples:
         self.evaluations = self.evaluations.masked_fill(which, n + 1)
         self.residual = torch.where(which, now, self.residual)
         self.relative = torch.where(which, relative, self.relative)
-        self.active = self.active & ~which
+        self.active = self.active ^ which  # who stops was active

@@ -6,6 +6,7 @@ only its step (`implicit.solvers.base.Solver`).  Everything works on the flat ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -34,6 +35,8 @@ Visit = Callable[[int, Tensor, Tensor], None]
 
 STAYING = 15 / 16
 """Samples leave once no more than this share of the batch is still being solved."""
+MOST_RETREATS = 10
+"""How often one sample begins again where its residual is not finite."""
 
 
 @dataclass
@@ -157,11 +160,20 @@ class _Run:
         self.problem, self.solver, self.stop, self.finest = problem, solver, stop, finest
         self.precision = full_precision(y0.device)
         self.rtol = stop.rtol_for(finest)
+        self.start = y0
         self.atol = torch.full((), stop.atol, dtype=y0.dtype, device=y0.device)
         self.left: list[Samples] = []
         self.may_leave = problem.part is not None
         self.all_active = True  # as far as the host knows
-        self.still = len(y0)  # samples not done, at the last look
+        self.going = [True] * len(y0)  # which samples were not done, at the last look
+        self.still = len(y0)  # how many
+        self.retreats = [0] * len(y0)
+        self.went_back = False  # whether a sample did at this step
+        # Not where a path is differentiated, which would lead through where the map is not finite.
+        self.may_retreat = solver.retreats and not torch.is_grad_enabled()
+        # Without a part relative to it, what is allowed does not become infinite with the image.
+        self.may_be_infinite = self.may_retreat and not (self.rtol or callable(stop.norm))
+        self.passed: Tensor | None = None
         self.can_look = True  # whether the host can read results at all (not under vmap)
         self.traced: list[Tensor] = []
         self.states: dict[int, Tensor] = {}
@@ -169,6 +181,8 @@ class _Run:
     def run(self, y0: Tensor, path: Sequence[int], trace: bool, memory: Any) -> None:
         """Step until every sample is done."""
         last, y = self.stop.max_steps, y0
+        # Sizes that no test needs are computed where a sample stops.
+        self.sized = bool(self.rtol) or trace or self.solver.keeps_best or self.finest > self.rtol
         for n in range(last + 1):
             fy = self.problem(y)
             if n == 0:
@@ -176,11 +190,13 @@ class _Run:
                 self.samples = Samples.all(y, self.solver.begin(y, self.problem, memory))
             self.samples.y = y
             r = fy - y
-            active = self._test(n, fy, r, trace)
+            fy, r = self._test(n, fy, r, trace)
+            y = self.samples.y
             if n == last or self.still == 0:
                 return
-            if active is not None and self.may_leave and self.still <= STAYING * len(y):
-                y, fy, r = self._leave(active, fy, r)
+            few = self.still <= STAYING * len(y)
+            if few and self.may_leave and not self.went_back:
+                y, fy, r = self._leave(fy, r)
             samples = self.samples
             with self.precision:
                 proposed, samples.memory = self.solver.step(samples.memory, y, fy, r)
@@ -190,20 +206,16 @@ class _Run:
             if n + 1 in path:
                 self.states[n + 1] = self._whole(lambda s: s.y)
 
-    def _test(self, n: int, fy: Tensor, r: Tensor, trace: bool) -> Tensor | None:
-        """Test every sample; which are not done, on the host, if it was time to look.
-
-        None also says that all go on.
-        """
-        samples, norm = self.samples, self.stop.norm
+    def _test(self, n: int, fy: Tensor, r: Tensor, trace: bool) -> tuple[Tensor, Tensor]:
+        """Test every sample; the images and residuals to go on from, which `_retreat` changes."""
+        samples, norm, going_on = self.samples, self.stop.norm, (fy, r)
         y = samples.y
         if fy.requires_grad:
             y, fy, r = y.detach(), fy.detach(), r.detach()
         now = residual_in(norm, y, fy, r)
-        size = batch_norm_of(fy, "l2" if callable(norm) else norm)
+        size = self._size(fy) if self.sized else now
         # Not added where it is zero: zero times an infinite size is not.
         allowed = torch.add(self.atol, size, alpha=self.rtol) if self.rtol else self.atol
-        going = now > allowed  # False for NaN too: nothing finite comes after it
         if n == 0:
             samples.first = now
             self._check_reachable(now, allowed, size)
@@ -214,43 +226,121 @@ class _Run:
             if self.solver.keeps_best:
                 samples.best = BestSoFar.of(samples.best, samples.y, now, relative)
         last = n == self.stop.max_steps
-        active: Tensor | None = None
+        seen: Tensor | None = None
         if self.can_look and n % self.stop.check_every == 0 and not last:
-            active = on_host(going if self.all_active else going & samples.active)
-            self.can_look = active is not None
-            self.still = going.shape[0] if active is None else int(active.count_nonzero())
-            if self.all_active and active is not None and self.still == going.shape[0]:
-                return None
-        stopping = samples.active if last else samples.active & ~going
+            margin = now - allowed  # whose sign is exact
+            seen = on_host(margin if self.all_active else self._of_active(margin))
+            self.can_look = seen is not None
+        if seen is None:
+            going = now > allowed  # False for NaN too: nothing finite comes after it
+        else:
+            self.went_back = False
+            if not self.may_be_infinite and float(seen.min()) > 0:  # False for NaN too
+                return going_on
+            before, lost = self.still, self._look(n, seen)
+            back = self._flags(lost) if lost else None
+            if back is not None:
+                going_on = self._retreat(back)
+            if self.still == before:
+                return going_on
+            going = margin > 0 if back is None else (margin > 0) | back
+        if last:
+            stopping = samples.active
+        else:
+            stopping = ~going if self.all_active else samples.active & ~going
         # The squares of a residual may vanish where it does not, and those of an image overflow.
         now = now if callable(norm) else torch.maximum(now, least_of(r, norm))
         converged = stopping & (now <= allowed) & (allowed < torch.inf)
+        size = size if self.sized else self._size(fy)
         samples.stop(stopping, n, converged, now, self._relative(size, now, r))
         if self.problem.beyond is not None:
             beyond = torch.where(stopping, self.problem.beyond, 0)
             samples.evaluations = samples.evaluations + beyond
         self.all_active = False
-        return active
+        return going_on
+
+    def _of_active(self, margin: Tensor) -> Tensor:
+        """The margins of active samples.
+
+        Others have zero, or one where the host knows them all, as no test is without a look.
+        """
+        if self.passed is None:
+            self.passed = torch.full_like(self.atol, float(self.stop.check_every == 1))
+        return torch.where(self.samples.active, margin, self.passed)
+
+    def _look(self, n: int, margin: Tensor) -> list[int]:
+        """Learn from ``margin (B,)`` on the host who goes on; those who must begin again for it."""
+        margins = margin.tolist()
+        if self.may_be_infinite and float(margin.min()) > 0 and max(margins) < math.inf:
+            return []
+        lost = [
+            i
+            for i, m in enumerate(margins)
+            if not math.isfinite(m) and (m != math.inf or self.may_be_infinite)
+        ]
+        if n == 0:  # there is nowhere else to begin
+            for i in lost:
+                self.retreats[i] = MOST_RETREATS
+        lost = [i for i in lost if self.may_retreat and self.retreats[i] < MOST_RETREATS]
+        self.going = [was and m > 0 for was, m in zip(self.going, margins, strict=True)]
+        for i in lost:
+            self.going[i] = True
+            self.retreats[i] += 1
+        self.still = sum(self.going)
+        return lost
+
+    def _flags(self, rows: list[int]) -> Tensor:
+        """``(B,)``: True in some rows; nothing waits for the device."""
+        flags = torch.zeros(len(self.going), dtype=torch.bool)
+        flags[rows] = True
+        return flags.to(self.samples.row.device, non_blocking=True)
+
+    def _retreat(self, back: Tensor) -> tuple[Tensor, Tensor]:
+        """Take samples ``back (B,)`` to their start; all images and residuals to go on from.
+
+        The map is evaluated there again, so that no image need be kept from the start on.
+        """
+        samples, rows = self.samples, _rows(back)
+        start = self.start.index_select(0, samples.row) if self.left else self.start
+        y = samples.y = torch.where(rows, start, samples.y)
+        fy = self.problem(y)
+        self.problem.count(back.to(torch.int64))
+        # A map that has changed meanwhile may not be finite even there: then the sample stays.
+        fy = torch.where(torch.isfinite(fy).all(dim=1, keepdim=True), fy, y)
+        r = fy - y
+        self.went_back = True
+        with self.precision:
+            self.solver.retreat(samples.memory, rows, y, fy, r)
+        return fy, r
+
+    def _size(self, fy: Tensor) -> Tensor:
+        """What a relative tolerance is relative to, ``(B,)``."""
+        return batch_norm_of(fy, "l2" if callable(self.stop.norm) else self.stop.norm)
 
     def _relative(self, size: Tensor, now: Tensor, r: Tensor) -> Tensor:
         """Relative residuals: in the norm of the stop, or ‖·‖₂ where that is a mere distance."""
         return relative_to(size, batch_norm_of(r, "l2") if callable(self.stop.norm) else now)
 
-    def _leave(self, active: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _leave(self, fy: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those that are done leave the batch; iterates, images and residuals of the others."""
-        samples, device = self.samples, fy.device
-        stay = active.nonzero().flatten().to(device)
+        samples = self.samples
+        stay, gone = (
+            torch.tensor([i for i, goes in enumerate(self.going) if goes is going]).to(fy.device)
+            for going in (True, False)
+        )
         if not self.left:
             # It costs evaluations of a few samples to know; let them be those with longest to go.
-            length = torch.linalg.vector_norm(r, dim=1).masked_fill(~active.to(device), -1)
+            length = torch.linalg.vector_norm(r, dim=1).index_fill(0, gone, -1)
             hardest = length.topk(min(3, len(length))).indices
             self.may_leave = self.problem.parts_well(hardest, samples.y, fy)
             if not self.may_leave:
                 return samples.y, fy, r
-        self.left.append(take(samples, (~active).nonzero().flatten().to(device)))
+        self.left.append(take(samples, gone))
         self.samples = take(samples, stay)
         self.problem.narrow(stay)
         self.all_active = True
+        self.retreats = [self.retreats[i] for i, goes in enumerate(self.going) if goes]
+        self.going = [True] * self.still
         return self.samples.y, fy.index_select(0, stay), r.index_select(0, stay)
 
     def outcome(self, path: Sequence[int], keep_memory: bool) -> Outcome:

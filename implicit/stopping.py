@@ -62,7 +62,8 @@ class Tolerance:
         max_steps: most solver steps.
         check_every: steps between two looks from the host at whether all samples are done; the
             test itself runs at every step, on the device.  Larger values save synchronisations
-            on a GPU and cost up to ``check_every − 1`` superfluous evaluations.
+            on a GPU and cost up to ``check_every − 1`` superfluous evaluations.  A sample whose
+            residual is not finite at a step without a look has diverged (see `Anderson`).
         norm: ``"l2"``, ``"rms"`` or ``"max"`` over all elements of a sample; or a distance of
             your own, ``distance(y, fy)`` of a state and its image, ``(B,)``, in whatever units
             ``atol`` then has.  Such a distance has no size to be relative to: it takes ``rtol=0``.

@@ -54,13 +54,13 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def on_host(flags: Tensor) -> Tensor | None:
-    """``flags`` on the host, for which it waits for the device; None under vmap."""
-    if is_mapped(flags):
+def on_host(x: Tensor) -> Tensor | None:
+    """``x`` on the host, for which it waits for the device; None under vmap."""
+    if is_mapped(x):
         return None
-    while is_wrapped(flags):
-        flags = _functorch.get_unwrapped(flags)
-    return flags.cpu()
+    while is_wrapped(x):
+        x = _functorch.get_unwrapped(x)
+    return (x.detach() if x.requires_grad else x).cpu()
 
 
 def is_pushing_forward() -> bool:

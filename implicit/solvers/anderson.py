@@ -22,6 +22,8 @@ from implicit.solvers.history import ImagePairs, SecantHistory, Views
 AGING = 100.0
 MOST_RIDGE = 1e-2
 """The ridge of a pair grows a hundredfold with each step of its age, up to this."""
+SHORTER = 0.3
+"""What a sample that begins again keeps of its ``β``."""
 
 
 @dataclass
@@ -29,6 +31,7 @@ class _Memory:
     history: SecantHistory
     diagonals: tuple[Tensor, ...]  # (B, m): of the system, by the slots to the newest pair's right
     taken: int = 0
+    share: Tensor | None = None  # (B, 1): β of each sample, once one has begun again
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class Anderson(Solver):
     shrunk.  The ridge is larger for older pairs: where the pairs depend on each other, it is the
     new ones, taken nearest to the solution, that decide.  A sample whose residual grows far
     beyond the best it has seen forgets its history and begins again from there.
+
+    Extrapolation can lead to where ``f`` overflows or is not defined.  A sample whose residual is
+    not finite begins again from its start with 0.3 times its ``β``, up to ten times; only after
+    that it has diverged.  This needs a look from the host, so it is for `Tolerance`, at the steps
+    that ``check_every`` tells, and not under `torch.func.vmap`; nor is it where the path is
+    differentiated (`BPTT`), which would lead through what is not finite.  Each time costs an
+    evaluation of the start.
 
     Args:
         memory: pairs of differences kept, ``m ≥ 1``.
@@ -83,11 +93,17 @@ class Anderson(Solver):
         return self._begin(history)
 
     def export(self, memory: _Memory) -> ImagePairs:
-        return ImagePairs(*memory.history.export())
+        residuals, images = memory.history.export()
+        if memory.share is not None:  # the next solve begins with β
+            images = images + (self.mixing - memory.share).unsqueeze(2) * residuals
+        return ImagePairs(residuals, images)
 
     def step(self, memory: _Memory, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, _Memory]:
         history = memory.history
         plain = fy if self.mixing == 1 else y.lerp(fy, self.mixing)
+        if memory.share is not None:
+            shorter = memory.share < self.mixing
+            plain = torch.where(shorter, y.lerp(fy, memory.share), plain)
         history.restart(torch.linalg.vector_norm(r, dim=1, keepdim=True))
         pushed = history.push(r, plain)
         following = plain
@@ -101,6 +117,17 @@ class Anderson(Solver):
                 following = history.mix(plain, weights, views.others, into=r)
         history.hold(plain)
         return following, memory
+
+    @property
+    def retreats(self) -> bool:
+        return True
+
+    def retreat(self, memory: _Memory, lost: Tensor, y: Tensor, fy: Tensor, r: Tensor) -> None:
+        history, share = memory.history, memory.share
+        if share is None:
+            share = torch.full_like(history.limit, self.mixing)
+        memory.share = torch.where(lost, SHORTER * share, share)
+        history.begin_again(lost, r, y.lerp(fy, memory.share))
 
     def _begin(self, history: SecantHistory) -> _Memory:
         like = history.scale

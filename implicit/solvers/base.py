@@ -34,6 +34,11 @@ class Solver(ABC):
         """Whether `BPTT` can go back through its steps."""
         return True
 
+    @property
+    def retreats(self) -> bool:
+        """Whether samples can begin again on the way (`retreat`)."""
+        return False
+
     @abstractmethod
     def init(self, y: Tensor) -> Any:
         """The memory at the start of a solve from ``y (B, D)``.
@@ -50,6 +55,15 @@ class Solver(ABC):
         ``y`` need not be what the last step proposed: a perturbation may have moved it, or the
         sample may have stopped.
         """
+
+    def retreat(self, memory: Any, lost: Tensor, y: Tensor, fy: Tensor, r: Tensor) -> None:
+        """Begin again with samples ``lost (B, 1)``, and with shorter steps.
+
+        Called before a step by a driver that sees `retreats`, where their residual was not finite:
+        ``y``, ``fy`` and ``r``, which the step is given then, are those of the start again.
+        Changes the memory; of the other samples nothing may change.
+        """
+        raise NotImplementedError(f"{self} cannot begin again.")
 
     def export(self, memory: Any) -> Any:
         """What of the memory another solve can begin with; None if nothing."""

@@ -50,5 +50,12 @@ class Best(Solver):
     def step(self, memory: Any, y: Tensor, fy: Tensor, r: Tensor) -> tuple[Tensor, Any]:
         return self.solver.step(memory, y, fy, r)
 
+    @property
+    def retreats(self) -> bool:
+        return self.solver.retreats
+
+    def retreat(self, memory: Any, lost: Tensor, y: Tensor, fy: Tensor, r: Tensor) -> None:
+        self.solver.retreat(memory, lost, y, fy, r)
+
     def export(self, memory: Any) -> Any:
         return self.solver.export(memory)

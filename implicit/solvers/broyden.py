@@ -24,6 +24,8 @@ FAR_TOO_LONG = 4.0
 """Growth of the residual in one step that tells so."""
 SHORTEST = 0.01
 """Least ratio of two steps from one point; it may have been the map that was wrong, for once."""
+SHORTER = 0.3
+"""What a sample that begins again keeps of its ``λ``."""
 
 
 @dataclass
@@ -35,6 +37,7 @@ class _Memory:
     change: Tensor  # (B, 1): length of the newest change of the residual, while watched
     search: LineSearch | None
     taken: int = 0
+    back: Tensor | None = None  # (B, 1): samples that begin again with the next step
 
     @property
     def watched(self) -> bool:
@@ -56,7 +59,9 @@ class Broyden(Solver):
 
     ``λ`` is 1 unless one of the first steps of a sample multiplies its residual.  That step is
     taken back, and ``λ`` becomes the distance that was gone over the change of the residual, so
-    that ``B₀`` is of the size of the Jacobian.
+    that ``B₀`` is of the size of the Jacobian.  A sample whose residual is not finite begins again
+    from its start with 0.3 times its ``λ``, where and as often as with `Anderson`; not with a line
+    search.
 
     Args:
         memory: pairs kept, ``m ≥ 1``.
@@ -111,12 +116,26 @@ class Broyden(Solver):
         kept = history.restart(length)
         self._clear(memory, kept)
         following = self._quasi_newton(memory, y, r)
+        if memory.back is not None:  # no pair, and equations that can be solved
+            history.forget(memory.back)
+            self._clear(memory, ~memory.back)
+            memory.back = None
         if search is not None:
             accepted = search.accepts(length.squeeze(1))
             following = search.next(accepted, y, length.squeeze(1), following - y)
         elif memory.watched:
             following = self._take_back(memory, following, last)
         return following, memory
+
+    @property
+    def retreats(self) -> bool:
+        return not self.line_search
+
+    def retreat(self, memory: _Memory, lost: Tensor, y: Tensor, fy: Tensor, r: Tensor) -> None:
+        memory.back = lost
+        memory.damping = torch.where(lost, SHORTER * memory.damping, memory.damping)
+        memory.length = memory.length.masked_fill(lost, torch.inf)
+        memory.history.begin_again(lost, memory.damping * r, y)
 
     def _begin(self, history: SecantHistory, y: Tensor) -> _Memory:
         blank = torch.eye(self.memory, dtype=y.dtype, device=y.device).expand(y.shape[0], -1, -1)

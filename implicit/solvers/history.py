@@ -214,6 +214,19 @@ class SecantHistory:
         """Empty the history of the samples ``which (B, 1)``."""
         self.scale = self.scale.masked_fill(which, 0)
 
+    def begin_again(self, which: Tensor, r: Tensor, other: Tensor) -> None:
+        """Know nothing of the samples ``which (B, 1)`` but a residual, and a point or an image.
+
+        The next step is given the same again: its pair is of length zero.
+        """
+        self.forget(which)
+        self.limit = self.limit.masked_fill(which, torch.inf)
+        # Numbers that have overflowed would outlast the scale, which is zero.
+        self.system = self.system.masked_fill(which.unsqueeze(2), 0)
+        self.rows.masked_fill_(which.unsqueeze(2), 0)
+        for row, new in ((self.row(0), r), (self.held, other)):
+            row.copy_(torch.where(which, new, row))
+
     def restart(self, length: Tensor) -> Tensor:
         """Empty the history of samples whose residual ``(B, 1)`` exceeds its limit; who keep it."""
         kept, allowed = length <= self.limit, length * self.growth

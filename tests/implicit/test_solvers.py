@@ -632,7 +632,8 @@ def test_a_sample_that_turns_bad_on_the_way(solver: implicit.Solver) -> None:
             stop=Tolerance(rtol=1e-8, atol=0.0, max_steps=200),
         )
     assert spoilt.status.tolist() == [0, 0, Status.DIVERGED, 0]
-    assert int(spoilt.evaluations[2]) == 3
+    # Ten times an evaluation of the start and one of what follows, where a solver does that.
+    assert int(spoilt.evaluations[2]) == (23 if solver.retreats else 3)
     others = [0, 1, 3]
     torch.testing.assert_close(spoilt.value[others], good.value[others], rtol=1e-9, atol=1e-12)
 
