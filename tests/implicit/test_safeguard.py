@@ -271,6 +271,43 @@ def test_nothing_finite_but_the_start(solver: implicit.Solver) -> None:
     assert len(f.seen) == max(int(found.steps.max()) + 1, int(found.steps[0]) + 1) + MOST
 
 
+def test_ten_times_are_counted_through_what_leaves() -> None:
+    k = torch.linspace(0.05, 0.5, 16, dtype=torch.float64)[:, None]
+    bad = (torch.arange(16) == 11)[:, None]
+    sizes: list[int] = []
+
+    def f(y: Tensor, k: Tensor, bad: Tensor) -> Tensor:
+        sizes.append(len(y))
+        # Not always, for others leave between; nor of the two by which it is known that they may.
+        lost = bad & (y != 0) & (len(sizes) % 3 < 2 and len(y) != 2)
+        return torch.where(lost, math.nan, torch.where(bad, y + 1, edge(y, k)))
+
+    with torch.no_grad():
+        found = fixed_point(f, torch.zeros_like(k), solver=Anderson(), stop=TIGHT, args=(k, bad))
+    assert min(sizes) == 1, "nobody has left"
+    # Two more, as it was evaluated with two others to know whether they may.
+    assert found.evaluations[11].item() - found.steps[11].item() - 1 == MOST + 2
+    assert found.converged.tolist() == [i != 11 for i in range(16)]
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
+def test_how_near_a_sample_had_been_is_forgotten(solver: Any) -> None:
+    """A residual that is large beside the last ones takes nothing back and restarts nothing."""
+    y = torch.zeros(1, 3, dtype=torch.float64)
+    memory, fy = solver.init(y), y + 1
+    with torch.no_grad():
+        for size in (1.0, 1e-2):
+            y, memory = solver.step(memory, y, y + size, torch.full_like(y, size))
+        y = torch.zeros_like(y)
+        solver.retreat(memory, torch.ones(1, 1, dtype=torch.bool), y, fy, fy - y)
+        assert memory.history.limit.isinf().all()
+        following, memory = solver.step(memory, y, fy, fy - y)
+        torch.testing.assert_close(following, torch.full_like(y, SHORTER), rtol=1e-15, atol=0)
+        if isinstance(solver, Broyden):  # a pair of length zero would leave it no solution
+            assert not memory.history.scale.any()
+            assert torch.equal(memory.history.system, memory.blank)
+
+
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_the_start_must_be_finite(solver: implicit.Solver) -> None:
     for bad in (math.nan, math.inf):
