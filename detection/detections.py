@@ -325,7 +325,9 @@ def select_detections(
         )
     if max_detections < 1:
         raise ValueError(f"max_detections={max_detections}: must be at least 1.")
-    scores = logits.float().sigmoid().flatten(1)
+    # Image by image: a processor rounds the last few elements of a tensor otherwise than the many
+    # before them, and which these are depends on the batch.
+    scores = torch.stack([image.sigmoid() for image in logits.float().flatten(1)])
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :max_detections]
     original = torch.tensor(original_sizes, device=sizes.device)
     scale = (original / sizes).flip(1).repeat(1, 2).to(boxes.device)
