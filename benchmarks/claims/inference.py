@@ -22,6 +22,7 @@ from benchmarks.measure import seconds
 from detection.data.coco import CocoDataset
 from detection.data.loading import collate, make_loader
 from detection.data.types import Batch
+from detection.detections import Detections
 from detection.evaluation import evaluate_coco
 from detection.models.config import MOST_STEPS
 from detection.models.decoders import EquilibriumDecoder, RecurrentDecoder
@@ -34,6 +35,8 @@ TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3)
 RATES = (6, 8, 16, 25)
 PERCENTILES = (5, 25, 50, 75, 95)
 
+Read = tuple[int, Detections]
+"""The id of an image and what was found in it: compact until it is scored."""
 Settings = dict[tuple[str, str], Callable[[Path], list[int]]]
 
 
@@ -85,7 +88,7 @@ def _anderson() -> Settings:
 def _curve(
     model: Detector, dataset: CocoDataset, most: int, solver: implicit.Solver, settings: Settings
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    results: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in settings}
+    results: dict[tuple[str, str], list[Read]] = {key: [] for key in settings}
     steps: dict[tuple[str, str], list[int]] = {key: [] for key in settings}
     residuals: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
@@ -98,8 +101,7 @@ def _curve(
                 counts = counted(path, *key) or taken
                 steps[key] += [max(step, 0) for step in counts]
                 for image, step in enumerate(taken):
-                    number = batch.targets[image].image_id
-                    results[key] += found[step][image].to_coco(number, dataset.categories)
+                    results[key].append((batch.targets[image].image_id, found[step][image]))
     points = [
         {**_scores(dataset, results[key], most), "kind": key[0], "setting": key[1],
          "steps": statistics.fmean(steps[key])}
@@ -121,26 +123,30 @@ def counted(path: Path, kind: str, setting: str) -> list[int]:
 
 
 def _stacked_curve(model: Detector, dataset: CocoDataset, most: int) -> list[dict[str, Any]]:
-    results: list[list[dict[str, Any]]] = []
+    results: list[list[Read]] = []
     with torch.no_grad():
         for batch in batches(model, dataset):
             features, queries = model.encode(batch.images, batch.sizes)
             for n, output in enumerate(model.decoder.trajectory(features, queries)):
                 if n == len(results):
                     results.append([])
-                for target, found in zip(
-                    batch.targets, read_output(output, batch, most), strict=True
-                ):
-                    results[n] += found.to_coco(target.image_id, dataset.categories)
+                read = read_output(output, batch, most)
+                ids = [target.image_id for target in batch.targets]
+                results[n] += zip(ids, read, strict=True)
     return [
         {**_scores(dataset, found, most), "kind": "layers", "setting": str(n), "steps": n}
         for n, found in enumerate(results, start=1)
     ]
 
 
-def _scores(dataset: CocoDataset, results: list[dict[str, Any]], most: int) -> dict[str, float]:
+def _scores(dataset: CocoDataset, results: list[Read], most: int) -> dict[str, float]:
+    records = [
+        record
+        for image_id, detections in results
+        for record in detections.to_coco(image_id, dataset.categories)
+    ]
     scores = evaluate_coco(
-        dataset.coco, results, dataset.categories, dataset.image_ids, max_detections=max(100, most)
+        dataset.coco, records, dataset.categories, dataset.image_ids, max_detections=max(100, most)
     )
     names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
     return {name: round(getattr(scores, name), 5) for name in names}
