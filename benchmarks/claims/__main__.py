@@ -33,6 +33,7 @@ from benchmarks.claims.studies import studies
 from benchmarks.claims.tables import failures, sheets
 from benchmarks.claims.versions import fingerprint
 from benchmarks.measure import argument_parser, wide_console
+from detection.data import DataError
 
 WORK = Path("runs") / "claims"
 
@@ -222,6 +223,8 @@ def main() -> None:
     try:
         with running.alone(session.work):
             session.go(given.data, given.dry_run, given.retry)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(
             "Stopped. Finished runs are kept; call again to go on from the last checkpoints."

@@ -231,6 +231,16 @@ def test_bad_input(
         main()
 
 
+def test_data_of_another_kind_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compose_digits(tmp_path / "data", train_images=2, val_images=1, size=64)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["claims", "--output", str(tmp_path), "--data", str(tmp_path / "data")]
+    )
+    with pytest.raises(SystemExit, match=r"train_images 2 \(wanted: 32\)"):
+        main()
+
+
 def test_results_of_other_code_are_told_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
