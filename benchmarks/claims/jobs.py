@@ -16,6 +16,7 @@ from rich.console import Console
 from benchmarks.claims import inference
 from benchmarks.claims.measuring import Clock, history, memory
 from benchmarks.claims.results import Record
+from benchmarks.claims.versions import fingerprint
 from benchmarks.measure import machine, provenance
 from detection.checkpoints import training_path
 from detection.configuration import to_json
@@ -100,12 +101,26 @@ def execute(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     begin(job.device, job.threads, job.folder / "output.txt")
     try:
+        check_code(job.code)
         record = perform(job)
     except Exception as error:  # whatever it is, the other runs go on
         reason = f"{type(error).__name__}: {error}"
         print(reason, flush=True)
         record = job.record("failed", reason=reason)
     write(job.result, record)
+
+
+def check_code(wanted: str) -> None:
+    """Refuse to run another code than the one that the results will be taken for.
+
+    Raises:
+        RuntimeError: if files have changed since the command was begun.
+    """
+    if fingerprint() != wanted:
+        raise RuntimeError(
+            f"The code has changed since this command was begun, from {wanted} to {fingerprint()}. "
+            "Call it again, or bring the code back and add --retry."
+        )
 
 
 def write(path: Path, record: Record) -> None:

@@ -108,6 +108,11 @@ def test_two_processes_do_not_work_on_one_preset(tmp_path: Path) -> None:
         pass
 
 
+def test_code_that_changes_meanwhile_is_not_run(tmp_path: Path) -> None:
+    ended = do([make_job(tmp_path, "deqdet")])  # of the code "abc"
+    assert "RuntimeError: The code has changed" in ended["deqdet"].reason
+
+
 # -- what it takes -------------------------------------------------------------------------------
 
 
