@@ -27,18 +27,20 @@ from detection.data.compositing import (
 )
 
 MOST_OBJECTS = 10
+"""Of an image; one object is ten times as likely as ten, with as many chances lost at each more."""
+
 SHORTEST = 8.0
 """Least longer side of an object, in pixels."""
 
 LONGEST = 160 / 256
 """Greatest longer side of an object, as a fraction of the image's."""
 
-LENGTH_SHARES = ((0.0, 0.0), (0.4, 0.53), (0.7, 0.84), (1.0, 1.0))
+LENGTH_SHARES = ((0.0, 0.0), (0.25, 0.46), (0.65, 0.84), (1.0, 1.0))
 """Share of the objects below a longer side, and the place of its logarithm between the ends.
 
 Log-uniform between: as it stands, a straight line, only a tenth would be large for COCO."""
 
-CLUTTER = (2, 8)
+CLUTTER = (1, 5)
 CLUTTER_LENGTHS = (0.08, 0.5)
 """Of patches and shapes, as fractions of the image's side."""
 
@@ -351,7 +353,8 @@ class Scene:
 
 def _plan(size: int, chance: Generator) -> list[tuple[float, bool]]:
     """Lengths of objects and of clutter, in the order in which they are laid down."""
-    wanted = int(chance.integers(1, MOST_OBJECTS + 1))
+    chances = np.arange(MOST_OBJECTS, 0, -1)
+    wanted = 1 + int(chance.choice(MOST_OBJECTS, p=chances / chances.sum()))
     lengths = [(draw_length(size, chance), True) for _ in range(wanted)]
     low, high = (math.log(share * size) for share in CLUTTER_LENGTHS)
     for _ in range(int(chance.integers(CLUTTER[0], CLUTTER[1] + 1))):

@@ -19,7 +19,7 @@ from detection.data.types import Categories
 if TYPE_CHECKING:
     from detection.data.scene_images import SceneMaterials
 
-FORMAT = 3
+FORMAT = 4
 """Changes whenever the same parameters give other images."""
 
 LETTERS = "AEHKMNRTVWXY"
