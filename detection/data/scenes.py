@@ -49,7 +49,7 @@ def compose_scenes(
     root: Path,
     *,
     train_images: int = 2000,
-    val_images: int = 500,
+    val_images: int = 600,
     size: int = 256,
     seed: int = 0,
 ) -> Path:

@@ -120,7 +120,7 @@ def test_small_medium_and_large_are_well_populated(drawn: list[Scene]) -> None:
     areas = sides.prod(axis=1)
     shares = [np.mean(areas < 32**2), np.mean(areas > 96**2)]
     assert min(*shares, 1 - sum(shares)) >= 0.15
-    assert len(areas) / IMAGES > 2000 / 500  # so that 500 images have more than 2000
+    assert len(areas) / IMAGES > 2000 / 600  # so that 600 images have more than 2000
 
 
 def test_classes_are_balanced(drawn: list[Scene]) -> None:
