@@ -259,9 +259,9 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             reason=(
                 f"DEQDet differentiates {more + first} refinements of a step ({first} at its "
                 f"beginning and {APPLICATIONS} at each of {len(positions)} positions) where "
-                f"AdaMixer has six, and walks {positions[-1]} without gradient. On two cores the backbone, "
-                "which both have, is too small a part of the step to hide that; each gradient of "
-                "the maps is a pass over them. The paper's hours are 1.8 of AdaMixer's."
+                f"AdaMixer has six, and walks {positions[-1]} without gradient. On two cores the "
+                "backbone, which both have, is too small a part of the step to hide that; each "
+                "gradient of the maps is a pass over them. The paper's hours are 1.8 of AdaMixer's."
             ),
         ),
         Goal(
