@@ -16,7 +16,7 @@ import time
 
 from rich.table import Table
 
-from benchmarks.measure import Goal, goals_table, output_folder, wide_console, write_results
+from benchmarks.measure import Goal, device, goals_table, output_folder, wide_console, write_results
 
 COMMANDS = (
     "robustness",
@@ -59,7 +59,7 @@ def main() -> None:
         if subprocess.run(command).returncode:
             raise SystemExit(f"python -m benchmarks.{name} failed; the results so far are kept.")
         minutes[name] = (time.perf_counter() - began) / 60
-    write_results(folder, "__main__", minutes)
+    write_results(folder, "__main__", minutes, place=device())
     console.print(*tables(minutes), goals_table(goals(minutes)))
     subprocess.run([sys.executable, "-m", "benchmarks.report", "--output", str(folder)], check=True)
 

@@ -37,6 +37,7 @@ from benchmarks.measure import (
     output_folder,
     peak_bytes,
     saved_bytes,
+    stem,
     wide_console,
     write_results,
 )
@@ -352,11 +353,12 @@ def main() -> None:
         table.add_row(name, f"{peak / 2**20:.1f}", f"{peak / frozen['JFB()']:.3f}×")
     console.print(table)
 
-    draw(found, folder / "gradient_memory.png")
+    name = stem("gradient_memory", device())
+    draw(found, folder / f"{name}.png")
     results = {"rows": [asdict(m) for m in found], "one_call": calls, "frozen": frozen}
-    write_results(folder, "gradient_memory", results, console)
+    write_results(folder, "gradient_memory", results, console, place=device())
     console.print(goals_table(goals(results)))
-    console.print("Wrote gradient_memory.json and gradient_memory.png.")
+    console.print(f"Wrote {name}.json and {name}.png.")
 
 
 if __name__ == "__main__":

@@ -231,17 +231,36 @@ class Counted:
         return self.f(y, *args)
 
 
+def processor(told: Path = Path("/proc/cpuinfo")) -> str:
+    """Name of the processor, and which instructions for bfloat16 it has, so far as it tells them.
+
+    Example:
+        >>> processor(Path("nowhere")) == (platform.processor() or platform.machine())
+        True
+    """
+    text = told.read_text(encoding="utf-8", errors="replace") if told.exists() else ""
+    fields = (line.partition(":") for line in text.splitlines())
+    known = {name.strip(): said.strip() for name, _, said in reversed(list(fields))}
+    name = known.get("model name") or platform.processor() or platform.machine()
+    has = [flag for flag in BFLOAT16 if flag in known.get("flags", "").split()]
+    return f"{name} ({', '.join(has) or 'nothing for bfloat16'})" if "flags" in known else name
+
+
+BFLOAT16 = ("avx512_bf16", "amx_bf16")
+"""Instructions of a processor that multiply in bfloat16."""
+
+
 def machine() -> str:
     """Processor, cores, system and versions, for the head of a table."""
     cuda = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{platform.machine()} with {torch.get_num_threads()} threads{cuda}, "
+        f"{platform.machine()}, {processor()}, with {torch.get_num_threads()} threads{cuda}, "
         f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
 
 
-def provenance(module: str) -> dict[str, Any]:
-    """Where results come from: machine, versions, command and date."""
+def provenance(module: str, place: str = "cpu") -> dict[str, Any]:
+    """Where results come from: machine, device, versions, command and date."""
     versions = {}
     for name in ("torch", "numpy", "torchdeq", "scipy"):
         try:
@@ -250,6 +269,7 @@ def provenance(module: str) -> dict[str, Any]:
             versions[name] = "not installed"
     return {
         "machine": machine(),
+        "device": torch.cuda.get_device_name() if place == "cuda" else processor(),
         "versions": versions,
         "command": f"python -m benchmarks.{module}".removesuffix(".__main__"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -350,10 +370,31 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, record=True, width=160)
 
 
-def write_results(folder: Path, module: str, results: Any, console: Console | None = None) -> Path:
-    """Write ``results``, their `provenance` and what was printed to ``folder/module.json``."""
-    path = folder / f"{module}.json"
+def stem(module: str, place: str) -> str:
+    """Name of the files of what was measured at ``place``; those of a CPU have the module's alone.
+
+    Example:
+        >>> stem("refinement", "cpu"), stem("refinement", "cuda")
+        ('refinement', 'refinement.cuda')
+    """
+    return module if place == "cpu" else f"{module}.{place}"
+
+
+def write_results(
+    folder: Path,
+    module: str,
+    results: Any,
+    console: Console | None = None,
+    *,
+    place: str = "cpu",
+) -> Path:
+    """Write ``results``, their `provenance` and what was printed to ``folder/module.json``.
+
+    A benchmark that runs on a GPU where there is one says with ``place`` where it ran (`device`),
+    and what a GPU gave goes to ``folder/module.cuda.json``.
+    """
+    path = folder / f"{stem(module, place)}.json"
     printed = {} if console is None else {"printed": console.export_text(clear=False)}
-    content = {**provenance(module), **printed, "results": results}
+    content = {**provenance(module, place), **printed, "results": results}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -242,7 +242,7 @@ def main() -> None:
         "ceilings": asdict(ceilings),
         "amx": torch.cpu._is_amx_tile_supported(),
     }
-    write_results(folder, "refinement", results, console)
+    write_results(folder, "refinement", results, console, place=device())
     console.print(goals_table(goals(results)))
 
 

@@ -32,25 +32,32 @@ are rounded against themselves.
 BEGIN, END = "<!-- figures: python -m benchmarks.report -->", "<!-- end of figures -->"
 
 
-def section(name: str, written: dict[str, Any], folder: Path) -> str:
-    """One command: its docstring, where and when it ran, what it printed, its goals, its plot."""
-    module = importlib.import_module(f"benchmarks.{name}")
+def section(path: Path, written: dict[str, Any]) -> str:
+    """One command: its docstring, where and when it ran, what it printed, its goals, its plot.
+
+    What a GPU gave (``module.cuda.json``) is a part of that section, under the device's name.
+    """
+    module, folder = module_of(path), path.parent
     title, _, rest = (module.__doc__ or "").partition("\n\n")
     said = rest.replace(f"    {written['command']}\n", "", 1).strip("\n")
     versions = ", ".join(f"{package} {number}" for package, number in written["versions"].items())
-    parts = [
-        f"## `{written['command']}`",
-        title.replace("``", "`"),
-        said.replace("``", "`"),
-        f"*{written['date'][:10]}, {written['machine']}; {versions}.*",
-    ]
+    parts = [f"## `{written['command']}`", title.replace("``", "`"), said.replace("``", "`")]
+    if path.suffixes[:-1]:
+        first = path.with_name(f"{path.stem.partition('.')[0]}.json")
+        parts = [*([] if first.exists() else parts), f"### On {written['device']}"]
+    parts.append(f"*{written['date'][:10]}, {written['machine']}; {versions}.*")
     lines = [line.rstrip() for line in _printed(module, written).splitlines()]
     parts.append("```text\n" + "\n".join(lines).strip("\n") + "\n```")
     if hasattr(module, "goals"):
         parts.append(goals_in_markdown(module.goals(written["results"])))
-    if (folder / f"{name}.png").exists():
-        parts.append(f"![{title.rstrip('.')}]({folder.name}/{name}.png)")
+    if (picture := folder / f"{path.stem}.png").exists():
+        parts.append(f"![{title.rstrip('.')}]({folder.name}/{picture.name})")
     return "\n\n".join(part for part in parts if part)
+
+
+def module_of(path: Path) -> ModuleType:
+    """The benchmark that wrote a file of results."""
+    return importlib.import_module(f"benchmarks.{path.stem.partition('.')[0]}")
 
 
 def _printed(module: ModuleType, written: dict[str, Any]) -> str:
@@ -69,7 +76,7 @@ def goals_in_markdown(goals: Sequence[Goal]) -> str:
 
 
 def headlines(folder: Path) -> list[str]:
-    """Lines of the table in the project's README."""
+    """Lines of the table in the project's README: figures of the CPU, whatever a GPU gave."""
 
     def results(name: str) -> Any:
         written = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -134,6 +141,11 @@ def headlines(folder: Path) -> list[str]:
     return lines
 
 
+def results_in(folder: Path) -> list[Path]:
+    """All files of results, by module; a GPU's after those of the CPU."""
+    return sorted(folder.glob("*.json"), key=lambda path: path.stem.split("."))
+
+
 def put_headlines(readme: Path, lines: list[str]) -> None:
     """Replace what stands between the two marks in ``readme``."""
     text = readme.read_text(encoding="utf-8")
@@ -147,9 +159,8 @@ def main() -> None:
     """Write the page, and the headlines."""
     folder = output_folder(__doc__)
     sections = [HEAD.strip()]
-    for path in sorted(folder.glob("*.json")):
-        written = json.loads(path.read_text(encoding="utf-8"))
-        sections.append(section(path.stem, written, folder))
+    for path in results_in(folder):
+        sections.append(section(path, json.loads(path.read_text(encoding="utf-8"))))
     page = folder.parent / "README.md"
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     readme = folder.parents[1] / "README.md"

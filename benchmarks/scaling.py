@@ -31,6 +31,7 @@ from benchmarks.measure import (
     machine,
     output_folder,
     peak_bytes,
+    stem,
     wide_console,
     write_results,
 )
@@ -170,9 +171,10 @@ def main() -> None:
         found += own
     console.print(f"One change at a time from {Work()}. {machine()}.")
     console.print(table)
-    draw(found, folder / "scaling.png")
-    write_results(folder, "scaling", [asdict(cost) for cost in found], console)
-    console.print("Wrote scaling.json and scaling.png.")
+    name = stem("scaling", device())
+    draw(found, folder / f"{name}.png")
+    write_results(folder, "scaling", [asdict(cost) for cost in found], console, place=device())
+    console.print(f"Wrote {name}.json and {name}.png.")
 
 
 if __name__ == "__main__":

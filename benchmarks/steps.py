@@ -37,6 +37,7 @@ from benchmarks.measure import (
     device,
     goals_table,
     machine,
+    stem,
     wide_console,
     write_results,
 )
@@ -265,9 +266,9 @@ def main() -> None:
     for film in on_films:
         table.add_row(film.start, f"{film.steps:.1f}", f"{film.flicker:.3f}")
     console.print(table)
-    draw(points, options.output / "steps.png")
+    draw(points, options.output / f"{stem('steps', device())}.png")
     results = {"points": [asdict(p) for p in points], "films": [asdict(f) for f in on_films]}
-    write_results(options.output, "steps", results, console)
+    write_results(options.output, "steps", results, console, place=device())
     console.print(goals_table(goals(results)))
 
 

@@ -147,7 +147,7 @@ def main() -> None:
     console.print(f"DEQDet, ResNet-50, {STEPS} refinements, batch 1. {machine()}.")
     console.print(table)
     results = [asdict(time) for time in found]
-    write_results(folder, "throughput", results, console)
+    write_results(folder, "throughput", results, console, place=device())
     console.print(goals_table(goals(results)))
 
 

@@ -328,7 +328,7 @@ def main() -> None:
         "without_decoder": least,
         "rnndet_memory": growth,
     }
-    write_results(folder, "training_step", results, console)
+    write_results(folder, "training_step", results, console, place=device())
     console.print(goals_table(goals(results)))
 
 

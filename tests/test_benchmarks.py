@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -504,8 +504,8 @@ def test_a_goal_tells_its_reason_only_where_it_is_not_met() -> None:
 def written_results() -> list[tuple[Any, dict[str, Any]]]:
     """The module and the file of everything that was measured."""
     return [
-        (importlib.import_module(f"benchmarks.{path.stem}"), json.loads(path.read_text("utf-8")))
-        for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+        (report.module_of(path), json.loads(path.read_text("utf-8")))
+        for path in report.results_in(ROOT / "benchmarks" / "results")
     ]
 
 
@@ -550,6 +550,51 @@ def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     assert measure.machine() in page
 
 
+def test_what_a_gpu_gave_stands_beside_what_the_cpu_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a benchmark that runs where it can: neither file, plot nor headline is the other's."""
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "benchmarks" / "results", results)
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    wanted = report.headlines(results)
+    written = json.loads((results / "throughput.json").read_text(encoding="utf-8"))["results"]
+    on_a_gpu = [{**row, "median": row["median"] / 100} for row in written]
+    on_a_gpu.append({"name": throughput.GRAPH, "median": 0.009, "p95": 0.01})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A made-up GPU")
+    console = measure.wide_console()
+    console.print("a GPU's table")
+    path = measure.write_results(results, "throughput", on_a_gpu, console, place="cuda")
+    assert path.name == "throughput.cuda.json"
+    assert json.loads(path.read_text(encoding="utf-8"))["device"] == "A made-up GPU"
+    (results / "throughput.cuda.png").write_bytes(b"")
+    assert all((results / name).read_bytes() == stored for name, stored in before.items())
+
+    monkeypatch.setattr("sys.argv", ["report", "--output", str(results)])
+    report.main()
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    own = page.split("## `python -m benchmarks.throughput`")[1].split("\n## ")[0]
+    cpu, gpu = own.split("### On A made-up GPU")
+    assert "a GPU's table" in gpu and "](results/throughput.cuda.png)" in gpu
+    assert "There was no GPU at hand" in cpu and "There was no GPU at hand" not in gpu
+    assert "| 111.1 | met |" in gpu and page.count("A made-up GPU") == 1
+    assert page.count((throughput.__doc__ or "").partition("\n")[0]) == 1
+    assert report.headlines(results) == wanted
+
+    (results / "throughput.json").unlink()
+    alone = report.section(path, json.loads(path.read_text(encoding="utf-8")))
+    assert alone.startswith("## `python -m benchmarks.throughput`") and "### On A made" in alone
+
+
+def test_the_processor_is_named_with_what_it_has_for_bfloat16(tmp_path: Path) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text("model name\t: A Chip\nflags\t: sse avx512_bf16 amx_bf16\n\nmodel name\t: B\n")
+    assert measure.processor(told) == "A Chip (avx512_bf16, amx_bf16)"
+    told.write_text("model name\t: A Chip\nflags\t: sse\n")
+    assert measure.processor(told) == "A Chip (nothing for bfloat16)"
+    assert measure.processor(tmp_path / "nothing") and measure.processor() in measure.machine()
+
+
 @pytest.mark.slow
 def test_all_commands_are_timed_and_the_page_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -568,6 +613,5 @@ def test_all_commands_are_timed_and_the_page_is_written(
 def test_the_page_in_the_repository_is_that_of_its_results() -> None:
     """Every result has its section, and what it printed is there to the letter."""
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        written = json.loads(path.read_text(encoding="utf-8"))
-        assert report.section(path.stem, written, path.parent) in page
+    for path in report.results_in(ROOT / "benchmarks" / "results"):
+        assert report.section(path, json.loads(path.read_text(encoding="utf-8"))) in page
