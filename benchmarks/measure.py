@@ -346,6 +346,18 @@ class Goal:
         return f"{(round(digits) if near else outwards(digits)) * unit:.4g}"
 
 
+def three_digits(figure: float) -> str:
+    """``figure`` with three significant digits, and never with an exponent.
+
+    Example:
+        >>> [three_digits(x) for x in (0.0, 0.0123456, 11.816, 1710.6)]
+        ['0', '0.0123', '11.8', '1711']
+    """
+    if not figure or not math.isfinite(figure):
+        return f"{figure:g}"
+    return f"{figure:.{max(0, 2 - math.floor(math.log10(abs(figure))))}f}"
+
+
 GOAL_COLUMNS = ("goal", "bound", "found", "", "reason")
 
 

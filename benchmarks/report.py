@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks import training_step
 from benchmarks.measure import GOAL_COLUMNS, Goal, output_folder
 
 HEAD = """# Benchmarks
@@ -124,11 +125,14 @@ def headlines(folder: Path) -> list[str]:
             f"{times[name]['median']:.1f} ms ({times[name]['ratio']:.2f}×)",
             f"{times['plain']['median']:.1f} ms: plain operators",
         )
-    steps = {row["detector"]: row for row in results("training_step")["steps"]}
-    seconds = {name: sum(row["seconds"].values()) for name, row in steps.items()}
+    rows = (training_step.Measured(**row) for row in results("training_step")["steps"])
+    steps = {row.detector: row for row in rows}
     for what, of in (
-        ("training step, ResNet-50, batch 2, 800×1344", lambda name: f"{seconds[name]:.1f} s"),
-        ("peak of its memory", lambda name: f"{steps[name]['peak'] / 2**30:.1f} GiB"),
+        ("training step, ResNet-50, batch 2, 800×1344", lambda name: f"{steps[name].total:.1f} s"),
+        (
+            "peak of its memory, weights and AdamW's state included",
+            lambda name: f"{steps[name].memory / 2**30:.1f} GiB",
+        ),
     ):
         add(what, f"{of('DEQDet')} (DEQDet)", f"{of('AdaMixer')}: AdaMixer in the same code")
     points = {(row["kind"], row["setting"]): row for row in results("steps")["points"]}

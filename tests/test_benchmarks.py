@@ -469,7 +469,34 @@ def test_training_step_prints_and_writes(
     assert written["rnndet_memory"]["6"] == rows["RNNDet"]["peak"] < written["rnndet_memory"]["8"]
     _, memory, waiting = training_step.goals(written)
     assert memory.floor is not None and memory.floor < memory.found < 2
+    assert written["steps"][0]["held"] > written["steps"][2]["held"]  # six layers, and two
+    monkeypatch.setattr(training_step, "held_bytes", lambda *_, **__: 0)
+    assert training_step.goals(written)[1].found == memory.found  # as it was written down
     assert waiting.met is False and "12 refinements" in waiting.reason
+
+
+@pytest.mark.parametrize("decoder", [StackedConfig(layers=2), EquilibriumConfig()])
+def test_what_is_held_is_counted_without_a_step(
+    decoder: StackedConfig | EquilibriumConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_step, "IMAGE", (64, 96))
+    monkeypatch.setattr(training_step, "QUERIES", 5)
+    monkeypatch.setattr(training_step, "BACKBONE", "small")
+    step = training_step.Step(decoder, "cpu")
+    step()
+    model, states = step.detector, step.optimizer.state.values()
+    moments = [x for state in states for x in state.values() if isinstance(x, Tensor)]
+    there = sum(x.nbytes for x in (*model.parameters(), *model.buffers(), *moments))
+    assert training_step.held_bytes(decoder) == there
+    assert 0 < training_step.held_bytes(decoder, parts=("backbone", "neck")) < there
+
+
+def test_memory_of_a_step_has_what_is_held_in_it() -> None:
+    """Also of results from before that was written down; a whole step is its own time."""
+    old = training_step.Measured("DEQDet", {"path": 1.0}, peak=10, waits=7)
+    assert old.memory == training_step.held_bytes(training_step.EQUILIBRIUM) + 10
+    assert old.total == 1.0 and replace(old, whole=0.8, held=5).total == 0.8
+    assert replace(old, held=5).memory == 15
 
 
 def test_a_step_without_decoder_trains_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
