@@ -8,6 +8,10 @@ included.  Both are bytes and not times, and the same on every machine.  The lay
 one, ``tanh(Wy + x)``, and DEQDet's refinement layer at full size, on the features of an image of
 800×1344.  On a GPU, if there is one, the second figure is the GPU's.
 
+All modes are measured at 100 queries and 32 points alone, and of the three other sizes one call.
+The reason is time: on two cores this command takes two minutes of the quarter of an hour that all
+benchmarks have together, and each larger size would add about as much or more.
+
 A recomputed application hides what it keeps from the first figure until the backward pass, so for
 ``RAG(k, recompute=True)`` compare the second, and that with the weights frozen: what remains is
 activations.

@@ -290,6 +290,15 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 NO_GPU = "There was no GPU at hand."
 """Why a figure is not there that a GPU must give."""
+ROUNDED_BIAS = (
+    "The logarithm of IoF, which the attention's logits are added to, is computed in float32 and "
+    "rounded there to the narrower type: known, and not yet mended."
+)
+CONTIGUOUS_MAPS = (
+    "The neck's GroupNorm gives back contiguous maps on CUDA, whatever the layout of the "
+    "convolutions before it, and they are laid out anew: known, and not yet mended."
+)
+"""What is told beside the goals of a GPU."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ HEAD = """# Benchmarks
 (`python -m benchmarks.report` writes it alone). What a command measures is told in its own words;
 figures are those of the machine and the day that stand above them. A figure that missed its goal
 stays, with the reason and, where there is one, the floor that was measured; figures beside goals
-are rounded against themselves.
+are rounded against themselves. What a GPU gave is kept apart (`results/*.cuda.json`) and stands
+below what the CPU gave, under the GPU's name.
 """
 
 BEGIN, END = "<!-- figures: python -m benchmarks.report -->", "<!-- end of figures -->"

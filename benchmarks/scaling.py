@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from benchmarks.measure import (
     output_folder,
     peak_bytes,
     stem,
+    three_digits,
     wide_console,
     write_results,
 )
@@ -147,14 +149,13 @@ def draw(costs: Sequence[Cost], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """Print the table; write the results and the plot."""
-    folder, console = output_folder(__doc__), wide_console()
+def tables(results: Sequence[dict[str, Any]]) -> tuple[str, Table]:
+    """What is shown of the results that were written."""
     table = Table("changed", "to", "time, ms", "exponent", "memory, MiB", "exponent")
-    cost_of("steps", replace(Work(), steps=1))  # the first solves of a process are slower
-    found: list[Cost] = []
-    for swept, sizes in SWEEPS.items():
-        own = [cost_of(swept, replace(Work(), **{swept: size})) for size in sizes]
+    found = [Cost(**row) for row in results]
+    for swept in dict.fromkeys(cost.swept for cost in found):
+        own = [cost for cost in found if cost.swept == swept]
+        sizes = [cost.size for cost in own]
         in_time = exponent(sizes, [cost.milliseconds for cost in own])
         in_bytes = exponent(sizes, [cost.bytes for cost in own])
         for i, cost in enumerate(own):
@@ -162,18 +163,27 @@ def main() -> None:
             table.add_row(
                 swept if first else "",
                 str(cost.size),
-                f"{cost.milliseconds:.0f}",
+                three_digits(cost.milliseconds),
                 f"{in_time:.2f}" if first else "",
-                f"{cost.bytes / 2**20:.0f}",
+                three_digits(cost.bytes / 2**20),
                 f"{in_bytes:.2f}" if first else "",
             )
         table.add_section()
-        found += own
-    console.print(f"One change at a time from {Work()}. {machine()}.")
-    console.print(table)
+    return f"One change at a time from {Work()}.", table
+
+
+def main() -> None:
+    """Print the table; write the results and the plot."""
+    folder, console = output_folder(__doc__), wide_console()
+    cost_of("steps", replace(Work(), steps=1))  # the first solves of a process are slower
+    found: list[Cost] = []
+    for swept, sizes in SWEEPS.items():
+        found += [cost_of(swept, replace(Work(), **{swept: size})) for size in sizes]
+    results = [asdict(cost) for cost in found]
+    console.print(f"{machine()}.", *tables(results), sep="\n")
     name = stem("scaling", device())
     draw(found, folder / f"{name}.png")
-    write_results(folder, "scaling", [asdict(cost) for cost in found], console, place=device())
+    write_results(folder, "scaling", results, console, place=device())
     console.print(f"Wrote {name}.json and {name}.png.")
 
 

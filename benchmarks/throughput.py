@@ -24,7 +24,9 @@ from rich.table import Table
 from benchmarks.ceilings import Ceilings, Work
 from benchmarks.full_size import IMAGE, full_size
 from benchmarks.measure import (
+    CONTIGUOUS_MAPS,
     NO_GPU,
+    ROUNDED_BIAS,
     Goal,
     by_turns,
     device,
@@ -113,6 +115,7 @@ def goals(results: list[dict[str, Any]]) -> list[Goal]:
     times = {time.name: time for time in (Time(**found) for found in results)}
     graph = times.get(GRAPH)
     reason = NO_GPU if graph is None else "Image, backbone and refinements follow each other."
+    reason += f" {CONTIGUOUS_MAPS} {ROUNDED_BIAS}"
     return [
         Goal(
             f"images per second on a GPU, {STEPS} refinements, end to end",

@@ -8,13 +8,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.table import Table
 from torch import Tensor
 
 import implicit
@@ -338,6 +339,19 @@ def test_peak_counts_what_is_alive_at_once() -> None:
     assert measure.peak_bytes(run) == pytest.approx(2 * 4 * 2**20, rel=1e-3)
 
 
+def test_figures_have_three_digits_on_any_device() -> None:
+    """Seconds and milliseconds of a GPU are not shown as zeros; old files can be shown."""
+    written = json.loads((ROOT / "benchmarks/results/refinement.json").read_text(encoding="utf-8"))
+    fast = [{**row, "median": row["median"] / 1e3} for row in written["results"]["times"]]
+    table = next(
+        t for t in refinement.tables({**written["results"], "times": fast}) if isinstance(t, Table)
+    )
+    assert list(table.columns[2].cells)[:2] == ["0.0537", "0.0299"]
+    cost = scaling.Cost("steps", 5, 0.01234, 2**20)
+    _, table = scaling.tables([asdict(replace(cost, size=n)) for n in (5, 10)])
+    assert isinstance(table, Table) and list(table.columns[2].cells) == ["0.0123"] * 2
+
+
 def test_contestants_refine_alike() -> None:
     small = full_size(5, 4, image=(64, 96))
     contestants = refinement.contestants(small)
@@ -567,13 +581,13 @@ def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     folder.mkdir()
     console = measure.wide_console()
     console.print("a table")
-    measure.write_results(folder, "scaling", [], console)
-    (folder / "scaling.png").write_bytes(b"")
+    measure.write_results(folder, "loader_memory", [], console)
+    (folder / "loader_memory.png").write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["report", "--output", str(folder)])
     report.main()
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "## `python -m benchmarks.scaling`" in page
-    assert "a table" in page and "](results/scaling.png)" in page
+    assert "## `python -m benchmarks.loader_memory`" in page
+    assert "a table" in page and "](results/loader_memory.png)" in page
     assert measure.machine() in page
 
 
