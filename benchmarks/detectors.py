@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import output_folder, wide_console, write_results
+from benchmarks.measure import device, output_folder, wide_console, write_results
 from detection.configuration import to_json
 from detection.data import compose_digits, eval_transform, load_coco_folder, train_transform
 from detection.recipes import recipe
@@ -152,7 +152,7 @@ def main() -> None:
     results.sort(key=lambda result: (list(ARMS).index(result.arm), result.seed))
     found = [asdict(result) for result in results]
     console.print(*tables(found))
-    write_results(folder, "detectors", found)
+    write_results(folder, "detectors", found, place=device())
 
 
 if __name__ == "__main__":

@@ -411,6 +411,19 @@ def test_a_training_step_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts["path"] == parts["supervised"] == 0 < parts["matching"]
 
 
+def test_on_a_gpu_a_step_is_timed_without_the_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "IMAGE", (64, 96))
+    monkeypatch.setattr(training_step, "QUERIES", 5)
+    monkeypatch.setattr(training_step, "BACKBONE", "small")
+    made = {"AdaMixer": training_step.Step(training_step.DETECTORS["AdaMixer"], "cpu")}
+    (on_cpu,) = training_step.measure(made, 1)
+    assert on_cpu.whole is None and on_cpu.total == sum(on_cpu.seconds.values())
+    monkeypatch.setattr(training_step, "device", lambda: "cuda")
+    monkeypatch.setattr(training_step, "by_turns", lambda runs, repeats: [[0.5, 1.0, 7.0]])
+    (on_a_gpu,) = training_step.measure(made, 1)
+    assert on_a_gpu.total == 1.0 and set(on_a_gpu.seconds) == set(training_step.PARTS)
+
+
 def test_jumps_are_beyond_the_movement_of_the_window() -> None:
     def output(boxes: list[list[float]], scores: list[float]) -> Output:
         logits = torch.logit(torch.tensor(scores))[None, :, None]
