@@ -291,8 +291,8 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 NO_GPU = "There was no GPU at hand."
 """Why a figure is not there that a GPU must give."""
 ROUNDED_BIAS = (
-    "The logarithm of IoF is computed in float32 and rounded to the narrower type where it is added "
-    "to the attention's logits: known, and not yet mended."
+    "The logarithm of IoF is computed in float32 and rounded to the narrower type where it is "
+    "added to the attention's logits: known, and not yet mended."
 )
 CONTIGUOUS_MAPS = (
     "The neck's GroupNorm gives back contiguous maps on CUDA, whatever the layout of the "
