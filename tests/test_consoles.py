@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks.claims.__main__ import options as claims_options
+from benchmarks.claims.presets import preset
 from detection.cli import COMMANDS
 from detection.commands.options import read
 from detection.commands.running import command_named
@@ -73,6 +75,8 @@ def take(words: list[str]) -> None:
             pass
         case ["python", "-m", module] if module.startswith(("benchmarks.", "tests.")):
             assert importlib.util.find_spec(module) is not None
+        case ["python", "-m", "benchmarks.claims", *options]:
+            preset(claims_options().parse_args(options).preset)
         case ["pip", "install", what]:
             found = re.fullmatch(r"\.(?:\[(.*)\])?", what)
             assert found is not None

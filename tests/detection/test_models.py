@@ -207,7 +207,7 @@ def test_a_fresh_model_has_a_gradient_for_every_parameter(name: str) -> None:
 
 def test_frozen_stages_get_no_gradient() -> None:
     config = detector("equilibrium").config
-    model = Detector(replace(config, backbone=BackboneConfig("resnet18", False, 2)))
+    model = Detector(replace(config, backbone=BackboneConfig("resnet18", False, frozen_stages=2)))
     model.losses(images(), SIZES, criterion()).total.backward()
     frozen = ("conv1", "bn1", "layer1", "layer2")
     for name, parameter in model.backbone.named_parameters():
