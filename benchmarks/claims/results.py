@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from detection.training.progress import JsonLines
+from detection.training.progress import JsonLines, restored
 
 FORMAT = 1
 
@@ -136,20 +136,11 @@ def read(path: Path) -> tuple[list[Record], list[str]]:
 def _parsed(line: str) -> Record:
     if not line.endswith("\n"):
         raise ValueError("cut short")
-    found = _restored(json.loads(line))
+    found = restored(json.loads(line))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError("no record")
     known = {f.name for f in fields(Record)}
     return Record(**{name: value for name, value in found.items() if name in known})
-
-
-def _restored(value: Any) -> Any:
-    """With the numbers that JSON lacks, which `JsonLines` writes as words."""
-    if isinstance(value, dict):
-        return {key: _restored(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def latest(records: Iterable[Record]) -> dict[tuple[str, int], Record]:

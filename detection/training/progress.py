@@ -204,7 +204,7 @@ def _parsed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            yield line + "\n", _restored(json.loads(line))
+            yield line + "\n", restored(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, line {number} is not JSON ({error.msg}): the file is damaged, or not a "
@@ -232,9 +232,10 @@ def _plain(value: Any) -> Any:
     return number if math.isfinite(number) else ("Infinity" if number > 0 else "-Infinity")
 
 
-def _restored(value: Any) -> Any:
+def restored(value: Any) -> Any:
+    """With the numbers that JSON lacks, which `JsonLines` writes as words."""
     if isinstance(value, dict):
-        return {key: _restored(item) for key, item in value.items()}
+        return {key: restored(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_restored(item) for item in value]
+        return [restored(item) for item in value]
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
