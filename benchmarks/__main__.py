@@ -4,8 +4,8 @@
 
 Each is a command of its own, told and timed here.  What they print and measure goes to
 ``benchmarks/results/`` (or ``--output``), and from there into ``benchmarks/README.md``.  Two are
-not among them, for they need trained detectors: `benchmarks.detectors` takes hours, and
-`benchmarks.steps` needs the run of the main job.
+not among them, for they need trained detectors: `benchmarks.claims` takes hours and has a page of
+its own (``docs/claims.md``), and `benchmarks.steps` needs the run of the main job.
 """
 
 from __future__ import annotations

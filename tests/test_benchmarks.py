@@ -22,7 +22,6 @@ import implicit
 from benchmarks import __main__ as everything
 from benchmarks import (
     ceilings,
-    detectors,
     gradient_error,
     gradient_memory,
     measure,
@@ -38,7 +37,6 @@ from benchmarks import (
 )
 from benchmarks.full_size import full_size
 from benchmarks.problems import problem
-from detection.data import compose_digits
 from detection.models.config import EquilibriumConfig, StackedConfig
 from detection.models.decoders import Output
 
@@ -283,47 +281,6 @@ def main_of(
     monkeypatch.setattr(sys, "argv", [module, "--output", str(folder)])
     main()
     return json.loads((folder / f"{module}.json").read_text(encoding="utf-8"))["results"]
-
-
-# -- detectors -----------------------------------------------------------------------------------
-
-
-def test_detectors_have_equal_budgets() -> None:
-    made = list(detectors.runs())
-    assert len({(arm, settings.seed) for arm, settings in made}) == len(made) == 10
-    first = made[0][1]
-    for _, settings in made:
-        assert settings.optimization == first.optimization
-        assert settings.augmentation == first.augmentation
-        assert settings.model.backbone == first.model.backbone
-        assert settings.model.num_queries == first.model.num_queries
-        assert (settings.loss, settings.cost, settings.average) == (
-            first.loss,
-            first.cost,
-            first.average,
-        )
-
-
-@pytest.mark.slow
-def test_a_detector_is_trained_once(tmp_path: Path) -> None:
-    data = compose_digits(tmp_path / "digits", train_images=8, val_images=4, size=64)
-    arm, settings = next(detectors.runs())
-    settings = replace(
-        settings,
-        optimization=replace(settings.optimization, epochs=1, batch_size=4),
-        augmentation=replace(settings.augmentation, short_sides=(64,), max_size=64),
-    )
-    threads = torch.get_num_threads()
-    try:
-        first = detectors.run(data, tmp_path, (arm, settings))
-        again = detectors.run(data, tmp_path, (arm, settings))
-        other = detectors.run(data, tmp_path, (arm, replace(settings, max_detections=7)))
-    finally:
-        torch.set_num_threads(threads)
-    assert (first.minutes, first.AP) == (again.minutes, again.AP) and 0 <= first.AP <= 1
-    assert other.config != first.config and other.minutes != first.minutes
-    rows = [replace(first, arm=arm, seed=s) for arm in detectors.ARMS for s in detectors.SEEDS]
-    assert detectors.table(rows).row_count == len(detectors.ARMS)
 
 
 # -- memory, time and scaling of the refinement --------------------------------------------------
