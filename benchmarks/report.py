@@ -3,7 +3,7 @@
     python -m benchmarks.report
 
 Everything in it is taken from the files that the commands wrote, and so are the headline figures
-that it puts into the README of the project.
+that it puts into the README of the project and the tables of ``docs/comparison.md``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import training_step
+from benchmarks.comparison import written
 from benchmarks.measure import GOAL_COLUMNS, Goal, output_folder
+from benchmarks.pages import put
+
+ROOT = Path(__file__).parents[1]
+FIGURES = "figures of the benchmarks"
+"""What the marks in the README are called."""
 
 HEAD = """# Benchmarks
 
@@ -30,8 +36,6 @@ stays, with the reason and, where there is one, the floor that was measured; fig
 are rounded against themselves. What a GPU gave is kept apart (`results/*.cuda.json`) and stands
 below what the CPU gave, under the GPU's name.
 """
-
-BEGIN, END = "<!-- figures: python -m benchmarks.report -->", "<!-- end of figures -->"
 
 
 def section(path: Path, written: dict[str, Any]) -> str:
@@ -151,15 +155,6 @@ def results_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.json"), key=lambda path: path.stem.split("."))
 
 
-def put_headlines(readme: Path, lines: list[str]) -> None:
-    """Replace what stands between the two marks in ``readme``."""
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    block = "\n".join([BEGIN, *lines, END])
-    readme.write_text(before + block + after, encoding="utf-8")
-
-
 def main() -> None:
     """Write the page, and the headlines."""
     folder = output_folder(__doc__)
@@ -168,9 +163,14 @@ def main() -> None:
         sections.append(section(path, json.loads(path.read_text(encoding="utf-8"))))
     page = folder.parent / "README.md"
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    readme = folder.parents[1] / "README.md"
-    if readme.exists() and BEGIN in readme.read_text(encoding="utf-8"):
-        put_headlines(readme, headlines(folder))
+    if folder.resolve() == ROOT / "benchmarks" / "results":
+        for name, write in (("README.md", _with_headlines), ("docs/comparison.md", written)):
+            text = write((ROOT / name).read_text(encoding="utf-8"), folder)
+            (ROOT / name).write_text(text, encoding="utf-8")
+
+
+def _with_headlines(text: str, folder: Path) -> str:
+    return put(text, FIGURES, "\n".join(headlines(folder)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import implicit
+from benchmarks import comparison
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -146,6 +147,11 @@ def test_overhead_is_what_was_measured() -> None:
             f"{ours['operations']:.0f} ({peer['operations']:.0f})",
             f"{ours['copies']:.1f} ({peer['copies']:.1f})",
         ]
+
+
+def test_the_comparison_is_written_by_its_command() -> None:
+    page = (DOCS / "comparison.md").read_text(encoding="utf-8")
+    assert comparison.written(page, ROOT / "benchmarks" / "results") == page
 
 
 def test_builds_without_a_warning(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
+from benchmarks.pages import between
 from detection.models.detector import Detector
 from detection.recipes import recipe, recipe_names
 
@@ -41,5 +42,5 @@ def test_every_recipe_is_in_the_table_with_its_size() -> None:
 
 def test_headline_figures_are_those_of_the_benchmarks() -> None:
     wanted = report.headlines(ROOT / "benchmarks" / "results")
-    found = README.split(report.BEGIN)[1].split(report.END)[0].strip().splitlines()
+    found = between(README, report.FIGURES).splitlines()
     assert found == wanted and len(wanted) > 5

@@ -1,0 +1,32 @@
+"""Pages of prose in which commands write their tables, each between two marks of its own."""
+
+from __future__ import annotations
+
+BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
+
+
+def put(text: str, name: str, content: str) -> str:
+    r"""A page with something else between the marks called ``name``.
+
+    Raises:
+        ValueError: if the page has not these marks, once each.
+
+    Example:
+        >>> put("before <!-- x --> old <!-- end of x --> after", "x", "new")
+        'before <!-- x -->\n\nnew\n\n<!-- end of x --> after'
+    """
+    begin, end = BEGIN.format(name), END.format(name)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"The page has not the marks {begin} and {end} once each.")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the marks called ``name``.
+
+    Example:
+        >>> between(put("<!-- x --><!-- end of x -->", "x", "new"), "x")
+        'new'
+    """
+    return text.split(BEGIN.format(name))[1].split(END.format(name))[0].strip()
