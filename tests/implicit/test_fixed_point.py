@@ -446,7 +446,18 @@ def test_the_answer_is_not_the_start_itself(solver: implicit.Solver, tracked: bo
 
 
 @pytest.mark.parametrize(
-    "path", [5, torch.tensor([1, 2]), iter((1, 2)), [2, 1], ("a",), {1, 2}, (0,), (True,)], ids=repr
+    "path",
+    [
+        5,
+        torch.tensor([1, 2]),
+        pytest.param(iter((1, 2)), id="iterator"),
+        [2, 1],
+        ("a",),
+        {1, 2},
+        (0,),
+        (True,),
+    ],
+    ids=repr,
 )
 def test_a_path_that_is_no_sequence_of_steps_is_refused(path: Any) -> None:
     with pytest.raises(ValueError, match=r"path=.*positions are a sequence of step numbers"):
