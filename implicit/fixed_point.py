@@ -18,8 +18,9 @@ from implicit.gradients import AdjointGradient, Gradient, Implicit
 from implicit.gradients.base import check_differentiable
 from implicit.per_solve import renew
 from implicit.problem import Problem
+from implicit.samples import Outcome
 from implicit.solution import Adjoint, Solution, Status
-from implicit.solve import Outcome, solve
+from implicit.solve import solve
 from implicit.solvers import Anderson, Solver, WholeSolver
 from implicit.state import FlatMap, Layout, Select, State, StateError
 from implicit.stopping import Distance, Steps, Stop, Tolerance

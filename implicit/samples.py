@@ -5,7 +5,8 @@ Everything is batch first, so that samples can leave and come back into their or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,3 +67,26 @@ class Samples:
         self.residual = torch.where(which, now, self.residual)
         self.relative = torch.where(which, relative, self.relative)
         self.active = self.active ^ which  # who stops was active
+
+
+def in_order(parts: Sequence[Samples], values: Sequence[Tensor]) -> Tensor:
+    """What the parts of a batch have, in the order in which their samples came."""
+    if len(parts) == 1:
+        return values[0]
+    rows = torch.cat([samples.row for samples in parts])
+    return torch.cat(list(values)).index_select(0, rows.argsort())
+
+
+@dataclass
+class Outcome:
+    """A solve in the flat view; see `implicit.Solution` for the meaning of the fields."""
+
+    value: Tensor
+    status: Tensor
+    steps: Tensor
+    evaluations: Tensor
+    residual: Tensor
+    relative_residual: Tensor
+    trace: list[Tensor] = field(default_factory=list)
+    path: list[Tensor] = field(default_factory=list)
+    memory: Any = None

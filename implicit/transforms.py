@@ -63,6 +63,15 @@ def on_host(x: Tensor) -> Tensor | None:
     return (x.detach() if x.requires_grad else x).cpu()
 
 
+def spread(y: Tensor, fy: Tensor) -> Tensor:
+    """``y``, mapped over what ``fy`` is mapped over where `torch.func.vmap` is at work.
+
+    A start that is the same for all mapped problems must become one per problem before it is
+    written to; outside of transforms this is ``y`` itself.
+    """
+    return y + torch.zeros_like(fy) if is_wrapped(fy) else y
+
+
 def is_pushing_forward() -> bool:
     """Whether forward-mode differentiation is going on."""
     return forward_ad._current_level >= 0
