@@ -92,6 +92,19 @@ def test_embedding_has_no_state_and_no_gradient() -> None:
     assert not embedding(torch.zeros(1, 1, 4, requires_grad=True)).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_frequencies_are_those_of_float32_in_any_module(dtype: torch.dtype) -> None:
+    """In bfloat16 the phase of a position of many pixels would be another."""
+    position = 500 * torch.rand(1, 4, 4)
+    embedding = PositionEmbedding(64)
+    wanted, periods, place = embedding(position), embedding.periods, embedding.periods.data_ptr()
+    assert not torch.equal(periods.bfloat16().float(), periods)
+    cast = nn.Sequential(embedding).to(dtype)
+    assert torch.equal(cast(position), wanted)
+    assert embedding.periods.data_ptr() == place  # as a graph has recorded it
+    assert PositionEmbedding(64).to("meta", dtype).periods.is_meta
+
+
 def test_embedding_refuses_a_width_it_cannot_share() -> None:
     with pytest.raises(ValueError, match=r"PositionEmbedding\(20\).*multiple of 8"):
         PositionEmbedding(20)
