@@ -15,7 +15,9 @@ class BoxBiasedAttention(nn.Module):
     """Multi-head attention with logits ``q·k/√d + τ_head · log(IoF + 1e-7)``.
 
     ``IoF`` is that of the attending box (`detection.boxes.intersection_over_foreground`), without
-    gradient; ``τ`` is learned, one per head.
+    gradient; ``τ`` is learned, one per head.  Where tokens are multiplied in less precision than
+    boxes have (float32), under autocast or in a module in bfloat16, products alone are in that:
+    the logarithm, the logits and their softmax stay in float32.
 
     Args:
         content_dim: channels ``C`` of a query.
@@ -46,16 +48,21 @@ class BoxBiasedAttention(nn.Module):
         batch, queries, channels = tokens.shape
         split = self.project_in(tokens).view(batch, queries, 3, self.heads, -1)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self.bias(boxes).to(query.dtype),
-            scale=1 / math.sqrt(channels // self.heads),
-        )
+        attended = _attended(query, key, value, self.bias(boxes))
         return self.project_out(attended.transpose(1, 2).reshape(batch, queries, channels))
 
     def bias(self, boxes: Tensor) -> Tensor:
         """``(B, heads, N, N)`` what is added to the attention logits."""
         overlap = (intersection_over_foreground(boxes.detach()) + 1e-7).log()
         return self.tau[:, None, None] * overlap[:, None]
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """``softmax(q·k/√d + bias) v``, of ``(B, heads, N, d)`` and a bias ``(B, heads, N, N)``."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    if query.dtype == bias.dtype:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    # torch's operator wants the bias in the dtype of the query.  It reaches τ·log 1e-7, where
+    # neighbours in bfloat16 differ by a half.
+    logits = torch.add(bias, query @ key.mT, alpha=scale)
+    return logits.softmax(dim=-1).to(value.dtype) @ value

@@ -145,6 +145,32 @@ def test_attention() -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
+def test_attention_in_bfloat16_is_near_that_of_float64() -> None:
+    """With the gradients of tokens and of every parameter, under autocast."""
+    attention, queries = BoxBiasedAttention(16, heads=4).double(), some_queries()
+    direction, tokens = torch.randn(2, 5, 16).double(), queries.content
+    exact, *wanted = gradients(attention, direction, tokens, queries.boxes)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, *narrow = gradients(
+            attention.float(), direction.float(), tokens.float(), queries.boxes.float()
+        )
+    assert found.dtype == torch.bfloat16
+    for mine, other in zip((found, *narrow), (exact, *wanted), strict=True):
+        assert float((mine.double() - other).norm() / other.norm()) < 0.02
+
+
+def gradients(
+    module: BoxBiasedAttention, direction: Tensor, tokens: Tensor, boxes: Tensor
+) -> tuple[Tensor, ...]:
+    """The output, and the gradients of its product with ``direction``."""
+    tokens = tokens.detach().requires_grad_()
+    output = module(tokens, boxes)
+    (output * direction).sum().backward()
+    found = [tokens.grad, *(parameter.grad for parameter in module.parameters())]
+    module.zero_grad()
+    return (output.detach(), *(g.clone() for g in found if g is not None))
+
+
 def test_gradient_reaches_every_parameter_of_attention_but_no_box() -> None:
     attention = BoxBiasedAttention(8, heads=2).double()
     queries = some_queries(4, 8)
@@ -167,6 +193,26 @@ def test_gradient_of_tau() -> None:
 
     tau = attention.tau.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(by_tau, (tau,))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_bias_of_attention_is_not_rounded_to_a_narrow_type(autocast: bool) -> None:
+    """−40.12 would be −40 in bfloat16, and the two keys would count alike."""
+    attention, bias = BoxBiasedAttention(2, heads=1), torch.tensor([-40.0, -40.12])
+    with torch.no_grad():
+        attention.project_in.weight.zero_()[4:] = torch.eye(2)  # of values alone
+        attention.project_out.weight.copy_(torch.eye(2))
+        attention.project_out.bias.zero_()
+    tokens, boxes = torch.eye(2)[None], torch.zeros(1, 2, 4)
+    if not autocast:
+        attention, tokens = attention.bfloat16(), tokens.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert attention.bias(boxes).dtype == torch.float32
+        attention.bias = lambda boxes: bias.expand(1, 1, 2, 2)  # type: ignore[method-assign]
+        found = attention(tokens, boxes)
+    assert found.dtype == torch.bfloat16
+    wanted = bias.softmax(0).expand(1, 2, 2)
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.004)
 
 
 def test_attention_refuses_heads_that_do_not_divide() -> None:
