@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,7 +22,6 @@ class ChannelMapper(nn.Module):
         norm_groups: groups of the norm.
 
     Example:
-        >>> import torch
         >>> neck = ChannelMapper([8, 16], 32)
         >>> [m.shape[1] for m in neck([torch.randn(1, 8, 4, 4), torch.randn(1, 16, 2, 2)])]
         [32, 32]
@@ -51,6 +51,37 @@ class ChannelMapper(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``(B, out_channels, H_l, W_l)``."""
         return [
-            self.norm(self.activation(convolution(feature)))
+            self._normalised(self.activation(convolution(feature)))
             for convolution, feature in zip(self.convolutions, features, strict=True)
         ]
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        # CUDA's kernel copies x to contiguous memory, and its output would be laid out anew for
+        # the decoder: two passes over the largest tensors of all.  In training they stay, since
+        # autograd would keep more of the composition.
+        has_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        if x.is_cuda and has_channels_last and not torch.is_grad_enabled():
+            return channels_last_norm(x, self.norm)
+        normalised: Tensor = self.norm(x)
+        return normalised
+
+
+def channels_last_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """``norm(x)`` for ``x (B, C, H, W)`` in ``torch.channels_last``, which it stays in.
+
+    Computed in float32 at least; the result is in the wider dtype of ``x`` and the weights, which
+    is what autocast makes of it.
+
+    Example:
+        >>> norm = nn.GroupNorm(2, 4)
+        >>> x = torch.randn(1, 4, 3, 5).to(memory_format=torch.channels_last)
+        >>> torch.allclose(channels_last_norm(x, norm), norm(x), atol=1e-5)
+        True
+    """
+    cells = x.permute(0, 2, 3, 1).unflatten(-1, (norm.num_groups, -1))  # (B, H, W, G, C/G)
+    cells = cells.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(cells, dim=(1, 2, 4), correction=0, keepdim=True)
+    scale = (variance + norm.eps).rsqrt() * norm.weight.view(norm.num_groups, -1)
+    shift = norm.bias.view(norm.num_groups, -1) - mean * scale
+    normalised = torch.addcmul(shift, cells, scale).flatten(-2).permute(0, 3, 1, 2)
+    return normalised.to(torch.promote_types(x.dtype, norm.weight.dtype))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import fake_cuda
 import pytest
 import torch
 from torch import Tensor, nn
 
-from detection.models.neck import ChannelMapper
+from detection.models.neck import ChannelMapper, channels_last_norm
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,53 @@ def test_convolution_then_activation_then_the_shared_norm(
         x = torch.relu(x) if activation else x
         wanted = group_norm(x, 4, neck.norm.weight, neck.norm.bias)
         torch.testing.assert_close(output, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(8, 5), (1, 3), (1, 1)])
+def test_the_norm_that_keeps_channels_last(size: tuple[int, int]) -> None:
+    norm = nn.GroupNorm(4, 12).double()
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x = 3 + 2 * torch.randn(2, 12, *size, dtype=torch.float64)
+    found = channels_last_norm(x.to(memory_format=torch.channels_last), norm)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, norm(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "result"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32, torch.float32),
+    ],
+)
+def test_the_norm_that_keeps_channels_last_computes_in_float32(
+    dtype: torch.dtype, weights: torch.dtype, result: torch.dtype
+) -> None:
+    """As CUDA's autocast has it; a mean far from zero takes nothing from what is around it."""
+    norm, x = nn.GroupNorm(2, 8).to(weights), (100 + torch.randn(1, 8, 16, 16)).to(dtype)
+    found = channels_last_norm(x.to(memory_format=torch.channels_last), norm)
+    assert found.dtype == result
+    wanted = norm.double()(x.double())
+    tolerance = 1e-4 if result == torch.float32 else 2.0**-7
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_on_a_gpu_maps_keep_channels_last_at_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the dtype that autocast gives them, too; CUDA's own norm gives back contiguous maps."""
+    with fake_cuda.pretend(monkeypatch), torch.autocast("cuda", torch.bfloat16):
+        neck = ChannelMapper([8], 8, norm_groups=2)
+        neck.convolutions = nn.ModuleList([nn.Identity()])  # a library decides their layout
+        x = torch.zeros(2, 8, 4, 6, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        (trained,) = neck([x])
+        with torch.no_grad():
+            (inferred,) = neck([x])
+            (contiguous,) = neck([x.contiguous()])
+    assert inferred.is_contiguous(memory_format=torch.channels_last)
+    assert {m.dtype for m in (inferred, trained, contiguous)} == {torch.float32}
+    assert trained.requires_grad and trained.is_contiguous() and contiguous.is_contiguous()
 
 
 def test_one_norm_for_all_levels() -> None:
