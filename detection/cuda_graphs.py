@@ -8,7 +8,8 @@ What a graph asks of what it records, and who sees to it:
 - Libraries choose their kernels and make their workspaces at first use, which cannot be recorded:
   the function runs some times before, on the stream that it is recorded on.
 - Tensors made while recording come from a pool of the graph's own, which lives as long as it does.
-  A weight that autocast has cast before lies elsewhere and would be freed: it is cast anew.
+  A weight that autocast has cast before lies elsewhere and would be freed: it is cast anew, at
+  every replay, but for those that are cast beforehand (`detection.narrowing`).
 - Random numbers would go on from replay to replay, as they do without a graph.
 """
 

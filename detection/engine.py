@@ -9,6 +9,7 @@ recorded for one shape of images, so there is one graph for each shape, recorded
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from detection.cuda_graphs import Recorded
+from detection.decoder.queries import Queries
 from detection.decoder.sparse_rcnn import SparseRCNNLayer
 from detection.models.decoders import EquilibriumDecoder, Output
 from detection.models.detector import Detector
+from detection.narrowing import narrowed
 
 
 class Engine:
@@ -27,14 +30,16 @@ class Engine:
     Every image takes the same number of refinements there, since a graph cannot wait to see whether
     an image is done: those of the configuration, or its most where that says ``"auto"``.  But for
     that its output is the model's, ``queries`` and ``steps`` included.  Matrix products run in
-    ``dtype``; boxes, and the logarithms of their overlaps, stay in float32.  Calls wait for each
-    other, and belong on one stream.  Elsewhere than on a GPU nothing is recorded, and neither is
-    Sparse R-CNN's layer, which waits for the device: the model then runs as it does without an
-    engine.
+    ``dtype``, as under autocast, and their weights are cast once, at the beginning
+    (`detection.narrowing`); boxes, and the logarithms of their overlaps, stay in float32.  Calls
+    wait for each other, and belong on one stream.  Elsewhere than on a GPU nothing is recorded, and
+    neither is Sparse R-CNN's layer, which waits for the device: the model then runs as it does
+    without an engine.
 
     Args:
-        model: on the device where it is to run; put in evaluation mode.  Its weights must not move
-            to other memory afterwards; new values in the same memory are seen.
+        model: on the device where it is to run; put in evaluation mode, and otherwise left alone.
+            Make another engine when its weights have changed or moved: this one has a copy of
+            them, except in float32, where it has none and a graph reads those of the model.
         dtype: of matrix products: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``.
         most_shapes: graphs that are kept, each with memory of its own; the one that was not used
             for longest goes.
@@ -58,12 +63,14 @@ class Engine:
         if most_shapes < 1:
             raise ValueError(f"Engine(most_shapes={most_shapes}): must be at least 1.")
         self.model, self.dtype, self.most_shapes = model.eval(), dtype, most_shapes
+        # Where nothing is to be cast it needs no memory of its own.
+        self._own = model if dtype == torch.float32 else narrowed(model, dtype)
         self._can_record = not any(isinstance(m, SparseRCNNLayer) for m in model.modules())
         self._lock = Lock()
         self._recorded: OrderedDict[tuple[Any, ...], Recorded] = OrderedDict()
 
-    # Not in inference mode, in which autocast casts a weight anew at every refinement; nor could
-    # the buffers of a graph that was recorded in it be written to outside of it.
+    # Not in inference mode: the buffers of a graph that was recorded in it could not be written to
+    # outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, images: Tensor, sizes: Tensor) -> Output:
@@ -73,17 +80,28 @@ class Engine:
         with self._lock:
             return self._replay(images, sizes)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def encode(self, images: Tensor, sizes: Tensor) -> tuple[Sequence[Tensor], Queries]:
+        """`Detector.encode` as a call has it, in the same precision; nothing is recorded."""
+        with self._precision(images.device.type):
+            return self._own.encode(images, sizes)
+
     @property
     def _device(self) -> torch.device:
         return self.model.pixel_mean.device
+
+    @property
+    def _config(self) -> Any:
+        """That of the model's decoder: it says how many refinements there are, and may change."""
+        return getattr(self.model.decoder, "config", None)
 
     @property
     def _records(self) -> bool:
         return self._can_record and self._device.type == "cuda"
 
     def _replay(self, images: Tensor, sizes: Tensor) -> Output:
-        # The configuration says how many refinements there are, and it may be changed.
-        key = images.shape, images.dtype, getattr(self.model.decoder, "config", None)
+        key = images.shape, images.dtype, self._config
         if key not in self._recorded:
             while len(self._recorded) >= self.most_shapes:
                 self._recorded.popitem(last=False)  # before, so that its memory can be used
@@ -93,12 +111,14 @@ class Engine:
         return output
 
     def _run(self, images: Tensor, sizes: Tensor) -> Output:
-        decoder = self.model.decoder
+        decoder = self._own.decoder
         with self._precision(images.device.type):
+            if isinstance(decoder, EquilibriumDecoder):
+                decoder.config = self._config
             if not (self._records and isinstance(decoder, EquilibriumDecoder)):
-                output: Output = self.model(images, sizes)
+                output: Output = self._own(images, sizes)
             else:
-                encoded = self.model.encode(images, sizes)
+                encoded = self._own.encode(images, sizes)
                 output = decoder(*encoded, stop=decoder.config.fixed_stop)
         return output
 

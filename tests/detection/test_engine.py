@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
+import fake_cuda
 import pytest
 import recorded_graphs
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit
 from detection.cuda_graphs import Recorded
+from detection.decoder.layer import LayerConfig
+from detection.decoder.sparse_rcnn import SparseRCNNLayerConfig
 from detection.engine import Engine
+from detection.models.config import BackboneConfig, EquilibriumConfig, ModelConfig
+from detection.models.decoders import Output
 from detection.models.detector import Detector
 from detection.recipes import recipe
 
@@ -81,42 +87,102 @@ def test_an_engine_keeps_its_precision_under_autocast() -> None:
     assert found.logits.dtype == torch.float32 and torch.equal(found.logits, wanted.logits)
 
 
-class CastsOfWeights(TorchDispatchMode):
-    """Counts how often weights are converted."""
+# -- weights, which are cast once ------------------------------------------------------------------
 
-    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
+
+class CastsOfWeights(TorchDispatchMode):
+    """Counts how often weights are converted, wholly or in part."""
+
+    def __init__(self, *modules: nn.Module) -> None:
         super().__init__()
-        self.places, self.count = {weight.data_ptr() for weight in weights}, 0
+        self.weights = [w.untyped_storage() for m in modules for w in m.parameters()]
+        self.places, self.count = {weight._cdata for weight in self.weights}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._to_copy.default:
-            self.count += args[0].data_ptr() in self.places
+            self.count += args[0].untyped_storage()._cdata in self.places
         return func(*args, **(kwargs or {}))
 
 
-def test_weights_are_cast_once_for_all_refinements() -> None:
-    """In inference mode autocast would cast them anew at each, which a graph would record."""
-    counts = []
-    for steps in (2, 5):
+def frozen(detector: Detector) -> Detector:
+    """Autocast keeps no cast of a weight that wants no gradient."""
+    return detector.requires_grad_(False)
+
+
+EXAMPLE = torch.zeros(1, 3, 64, 64), torch.tensor([[64, 64]])
+
+
+@pytest.mark.parametrize("prepare", [lambda detector: detector, frozen])
+@pytest.mark.parametrize("inference", [False, True])
+def test_no_call_casts_a_weight(prepare: Callable[[Detector], Detector], inference: bool) -> None:
+    detector = prepare(model())
+    with torch.inference_mode(inference):
+        engine = Engine(detector)
+        with CastsOfWeights(detector, engine._own) as casts:
+            output = engine(*EXAMPLE)
+            engine.encode(*EXAMPLE)
+        assert not output.boxes.is_inference()
+    assert casts.count == 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), CastsOfWeights(detector) as casts:
+        detector(*EXAMPLE)
+    assert casts.count > 50  # without an engine
+
+
+def in_both_ways(
+    backbone: str, layer: LayerConfig | SparseRCNNLayerConfig, dtype: torch.dtype
+) -> tuple[Output, Output]:
+    """What a detector gives by the engine and by itself under autocast."""
+    torch.manual_seed(0)
+    decoder = EquilibriumConfig(steps=3)
+    config = ModelConfig(BackboneConfig(backbone, pretrained=False), layer=layer, decoder=decoder)
+    detector = Detector(config).eval()
+    images, sizes = torch.rand(2, 3, 64, 96) * 255, torch.tensor([[64, 96], [50, 80]])
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        wanted = detector(images, sizes)
+    return Engine(detector, dtype=dtype)(images, sizes), wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backbone", ["small", "resnet18"])
+def test_it_is_the_model_under_autocast_to_the_bit(backbone: str, dtype: torch.dtype) -> None:
+    layer = LayerConfig(points=8, out_points=16, ffn_channels=256)
+    found, wanted = in_both_ways(backbone, layer, dtype)
+    assert torch.equal(found.logits, wanted.logits) and torch.equal(found.boxes, wanted.boxes)
+
+
+def test_it_is_sparse_rcnn_under_autocast_but_for_rounding() -> None:
+    """torch's attention has a shorter way for float32, which rounds otherwise."""
+    found, wanted = in_both_ways("small", SparseRCNNLayerConfig(), torch.bfloat16)
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found.boxes, wanted.boxes, rtol=0.02, atol=0.5)
+
+
+def test_what_becomes_of_the_model_is_not_seen() -> None:
+    """But in float32, where there is no copy."""
+    for dtype, seen in ((torch.bfloat16, False), (torch.float32, True)):
         detector = model()
-        detector.decoder.config = replace(detector.decoder.config, steps=steps)
-        with CastsOfWeights(detector.decoder.refinement.ffn.parameters()) as casts:
-            Engine(detector, dtype=torch.bfloat16)(
-                torch.zeros(1, 3, 64, 64), torch.tensor([[64, 64]])
-            )
-        counts.append(casts.count)
-    assert counts[0] == counts[1] > 0
+        engine = Engine(detector, dtype=dtype)
+        before = engine(*EXAMPLE).logits
+        with torch.no_grad():
+            for parameter in detector.parameters():
+                parameter.mul_(1.5)
+        assert torch.equal(engine(*EXAMPLE).logits, before) is not seen
 
 
-def test_inference_mode_around_it_changes_nothing() -> None:
-    """Weights would be cast at each refinement, and buffers made in it could not be written to."""
-    detector = model()
-    with (
-        CastsOfWeights(detector.decoder.refinement.ffn.parameters()) as casts,
-        torch.inference_mode(),
-    ):
-        output = Engine(detector)(torch.zeros(1, 3, 64, 64), torch.tensor([[64, 64]]))
-    assert casts.count == 4 and not output.boxes.is_inference()  # two weights, two biases
+def test_cudas_autocast_casts_no_weight_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lists of operators are others than those of the CPU's."""
+    with fake_cuda.pretend(monkeypatch):
+        config = replace(recipe("deqdet_digits").model, decoder=EquilibriumConfig(steps=3))
+        detector = frozen(Detector(config).eval())
+        engine = Engine(detector)
+        images, sizes = torch.zeros(1, 3, 64, 64), torch.zeros(1, 2, dtype=torch.int64)
+        with CastsOfWeights(detector, engine._own) as casts, torch.no_grad():
+            output = engine._run(images, sizes)
+        assert casts.count == 0 and output.logits.dtype == torch.bfloat16
+        assert output.boxes.dtype == torch.float32 and output.boxes.is_cuda
+        with CastsOfWeights(detector) as casts, torch.no_grad(), engine._precision("cuda"):
+            detector(images, sizes, stop=implicit.Steps(3))
+        assert casts.count > 90  # at every refinement
 
 
 # -- what would be recorded, with a stand-in for CUDA graphs ---------------------------------------
@@ -155,6 +221,24 @@ def test_a_replay_gives_all_that_the_model_gives(recording: None, solver: implic
     for mine, eager in zip(found, wanted, strict=True):
         assert mine.queries is not None and mine.steps.tolist() == [3]
         torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prepare", [lambda detector: detector, frozen])
+def test_no_replay_casts_a_weight(recording: None, prepare: Callable[[Detector], Detector]) -> None:
+    detector = prepare(model())
+    engine = Engine(detector)
+    engine(*EXAMPLE)
+    with CastsOfWeights(detector, engine._own) as casts:
+        engine(*EXAMPLE)
+    (graph,) = (recorded._graph for recorded in engine._recorded.values())
+    assert casts.count == 0 and len(graph.calls) > 100
+    with torch.no_grad(), CastsOfWeights(detector) as casts:
+        recorded = Recorded(
+            torch.autocast("cpu", torch.bfloat16)(detector), EXAMPLE, torch.device("cpu")
+        )
+        casts.count = 0
+        recorded(*EXAMPLE)
+    assert casts.count > 50  # without an engine
 
 
 def test_graphs_are_kept_by_shape_and_configuration(recording: None) -> None:
