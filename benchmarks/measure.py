@@ -290,15 +290,6 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 NO_GPU = "There was no GPU at hand."
 """Why a figure is not there that a GPU must give."""
-ROUNDED_BIAS = (
-    "The logarithm of IoF is computed in float32 and rounded to the narrower type where it is "
-    "added to the attention's logits: known, and not yet mended."
-)
-CONTIGUOUS_MAPS = (
-    "The neck's GroupNorm gives back contiguous maps on CUDA, whatever the layout of the "
-    "convolutions before it, and they are laid out anew: known, and not yet mended."
-)
-"""What is told beside the goals of a GPU."""
 
 
 @dataclass(frozen=True)

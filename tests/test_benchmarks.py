@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded_graphs
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -37,8 +38,11 @@ from benchmarks import (
 )
 from benchmarks.full_size import full_size
 from benchmarks.problems import problem
+from detection.decoder.layer import RefinementLayer
+from detection.engine import Engine
 from detection.models.config import EquilibriumConfig, StackedConfig
 from detection.models.decoders import Output
+from detection.models.detector import Detector
 
 ROOT = Path(__file__).parents[1]
 
@@ -430,13 +434,57 @@ def test_throughput_prints_and_writes(
 ) -> None:
     written = main_of("throughput", throughput.main, tmp_path, monkeypatch)
     names = [row["name"] for row in written]
-    assert names[0] == throughput.EAGER and names[-1] == throughput.FLOOR
+    assert names[0] == throughput.EAGER and throughput.ENCODER in names
+    assert names[-2:] == [throughput.FLOOR, throughput.WHOLE_FLOOR]
     assert all(0 < row["median"] <= row["p95"] for row in written)
     assert all(goal.met is None for goal in throughput.goals(written))
+    refined, whole = (row["median"] for row in written[-2:])
+    before = throughput.work_before(torch.float32)
+    assert whole == pytest.approx(refined + max(before.flops, before.bytes) / 1e9)
     on_a_gpu = [*written, {"name": throughput.GRAPH, "median": 0.009, "p95": 0.01}]
     rate, ratio = throughput.goals(on_a_gpu)
     assert rate.met and rate.found == pytest.approx(1 / 0.009)
+    assert rate.floor == pytest.approx(1 / whole)
+    older = [row for row in on_a_gpu if row["name"] != throughput.WHOLE_FLOOR]
+    assert throughput.goals(older)[0].floor is None  # 25 refinements are less than is done
     assert ratio.found == pytest.approx(written[0]["median"] / 0.009)
+
+
+def test_backbone_and_neck_are_timed_as_the_engine_runs_them(
+    small_everywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a graph, in bfloat16; and their work is counted without doing it."""
+    recorded_graphs.pretend(monkeypatch)
+    model = Detector(throughput.configuration()).eval()
+    engine = Engine(model)
+    image, size = torch.rand(1, 3, 64, 96) * 255, torch.tensor([[64, 96]])
+    eager = throughput.encoder(engine, image, size, graph=False)()
+    graph = throughput.encoder(engine, image, size, graph=True)()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        maps, _ = model.encode(image, size)
+    for a, b, wanted in zip(eager, graph, maps, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, wanted[..., :1, :1])
+    weights = [p for part in (model.backbone, model.neck) for p in part.parameters()]
+    done = ceilings.Work.counted(lambda: model.encode(image, size), weights, torch.bfloat16)
+    assert throughput.work_before(torch.bfloat16) == done and done.flops > 1e6
+
+
+def test_one_graph_of_many_refinements_is_what_an_engine_records(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights are cast beforehand, and maps are those of a neck under autocast."""
+    recorded_graphs.pretend(monkeypatch)
+    monkeypatch.setattr(refinement, "STEPS", 2)
+    small, seen = full_size(5, 4, image=(64, 96)), []
+
+    def note(layer: RefinementLayer, given: tuple[Any, ...]) -> None:
+        seen.append((layer.ffn[0].weight.dtype, [feature.dtype for feature in given[1]]))
+
+    small.layer.register_forward_pre_hook(note)
+    assert refinement.in_one_graph(small, repeats=1) > 0
+    prepared = small.layer.prepare(small.features)
+    assert seen and seen[0] == (torch.bfloat16, [feature.dtype for feature in prepared])
+    assert small.layer.ffn[0].weight.dtype == torch.float32
 
 
 @pytest.mark.slow
@@ -544,6 +592,27 @@ def test_work_and_ceilings_bound_a_refinement_from_below() -> None:
     assert work.bytes == read == 2 * ceilings.Work.of(small, torch.bfloat16).bytes
     bound = ceilings.Ceilings(flops=work.flops / 3.0, bytes=work.bytes / 2.0)
     assert bound.floor(work.flops, work.bytes) == pytest.approx(3.0)
+
+
+def test_ceilings_are_timed_for_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes a millisecond is timed many times at once, and told as one of them."""
+    calls: list[int] = []
+    ceilings.repeated(lambda: calls.append(1), 5)()
+    assert len(calls) == 5
+    monkeypatch.setattr(ceilings, "COPIED", 2**10)
+    monkeypatch.setattr(ceilings, "repeated", lambda run, calls: lambda: 0.001 * calls)
+    monkeypatch.setattr(ceilings, "seconds", lambda run: run())
+    timed: list[float] = []
+
+    def by_turns(runs: list[Callable[[], float]], repeats: int) -> list[list[float]]:
+        timed.extend(run() for run in runs)
+        return [[run()] * repeats for run in runs]
+
+    monkeypatch.setattr(ceilings, "by_turns", by_turns)
+    found = ceilings.Ceilings.measured("cpu", torch.float32, side=8)
+    assert len(timed) == 2 and min(timed) >= 0.2
+    assert found.flops == pytest.approx(2 * 8**3 / 0.001)
+    assert found.bytes == pytest.approx(2 * 2**10 / 0.001)
 
 
 def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
