@@ -4,7 +4,8 @@ Where a field may hold one of several types (a solver, a gradient, a decoder), t
 type.  Reading is strict: an unknown field or a value of the wrong kind is refused by its full name,
 and so is a missing field that has no default.  One that has a default takes it: a field that a
 later version adds must keep, by its default, what earlier versions did, and what these have written
-stays readable.
+stays readable.  A type whose fields have come to mean something else says in ``from_earlier`` what
+those that an earlier version has written stand for.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     given = {key: value for key, value in data.items() if key != "type"}
+    if hasattr(kind, "from_earlier"):
+        given = kind.from_earlier(given)
     for key in given:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)

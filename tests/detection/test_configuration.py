@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import implicit
 from detection.configuration import ConfigurationError, from_json, read_choice, to_json
 from detection.data.transforms import AugmentationConfig
+from detection.decoder.movement import Settled
 from detection.models.config import (
     BackboneConfig,
     EquilibriumConfig,
@@ -327,3 +328,27 @@ def test_optional_pairs_survive() -> None:
     for jitter in (None, (0.5, 2.0)):
         augmentation = AugmentationConfig(scale_jitter=jitter)
         assert same(from_json(AugmentationConfig, through_text(augmentation)), augmentation)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ({"pixels": 1.0, "score": 0.02, "least_score": 0.05}, Settled()),
+        ({"pixels": 1.0, "score": 0.1, "least_score": 0.3}, Settled(score=0.1)),
+        ({"pixels": 0.25, "score": 0.02, "least_score": 0.05}, Settled(pixels=0.25)),
+        ({"least_score": 0.3}, Settled()),
+        ({"pixels": 1.0, "score": 0.02}, Settled(pixels=1.0, score=0.02)),  # chosen since
+    ],
+)
+def test_limits_of_the_earlier_rule_are_read(stored: dict[str, Any], wanted: Settled) -> None:
+    """Checkpoints hold them: defaults of then become those of now, what was chosen stays."""
+    model = through_text(ModelConfig())
+    model["decoder"]["settled"] = {"type": "Settled", **stored}
+    read = from_json(ModelConfig, model).decoder
+    assert isinstance(read, EquilibriumConfig) and read.settled == wanted
+
+
+def test_beside_the_earlier_limits_nothing_is_passed_over() -> None:
+    stored = {"least_score": 0.05, "pixel": None}
+    assert refused(stored, Settled) == "Settled.pixel: unknown field. Did you mean 'pixels'?"
+    assert refused({"least_score": 0.05, "pixels": "1"}, Settled).startswith("Settled.pixels='1'")

@@ -620,23 +620,80 @@ def test_literal_bilinear_is_that_of_the_framework() -> None:
 # Movement
 
 
-def test_movement_is_that_of_what_is_seen() -> None:
-    """In units of what is allowed: boxes where a score matters, scores everywhere."""
-    settled = Settled(pixels=2.0, score=0.1, least_score=0.5)
-    logits = torch.tensor([[[3.0], [-3.0]], [[3.0], [-3.0]]])
-    boxes = torch.zeros(2, 2, 4)
-    before = Queries(boxes, logits, boxes)
-    moved, rescored = boxes.clone(), logits.clone()
-    moved[0, 0, 2] = -3.0  # seen
-    moved[0, 1] = 50.0  # not seen
-    moved[1, 1] = torch.nan  # nowhere, and not seen
-    rescored[1, 1] = 0.0  # from σ(−3) to a half, so it is seen now
-    after = before._replace(boxes=moved)
-    found = settled.movement(before, after, lambda content: content)
-    torch.testing.assert_close(found, torch.tensor([1.5, 0.0]))
-    found = settled.movement(before, before._replace(content=rescored), lambda content: content)
-    wanted = (0.5 - torch.sigmoid(torch.tensor(-3.0))) / 0.1
-    torch.testing.assert_close(found, torch.stack([torch.tensor(0.0), wanted]))
+def of_scores(scores: list[list[float]], boxes: Tensor | None = None) -> Queries:
+    """One class, contents that are its logits; boxes that have not moved."""
+    content = torch.tensor(scores, dtype=torch.float64).logit()[..., None]
+    still = content.new_zeros(*content.shape[:2], 4)
+    return Queries(still, content, still if boxes is None else boxes)
+
+
+def movement(settled: Settled, before: Queries, after: Queries) -> list[float]:
+    return settled.movement(before, after, lambda content: content).tolist()
+
+
+def moved(queries: Queries, *by: float) -> Queries:
+    """One side of each box, the same in all images."""
+    boxes = queries.boxes.clone()
+    boxes[..., 2] += torch.tensor(by, dtype=boxes.dtype)
+    return queries._replace(boxes=boxes)
+
+
+def test_movement_by_hand() -> None:
+    """The largest of score times pixels and of change of score, over what is allowed of each."""
+    settled = Settled(pixels=2.0, score=0.1)
+    before = of_scores([[0.8, 0.1], [0.8, 0.1], [0.5, 0.1]])
+    after = of_scores([[0.8, 0.1], [0.8, 0.1], [0.45, 0.4]])
+    assert movement(settled, before, moved(before, -3.0, 5.0))[0] == pytest.approx(0.8 * 3 / 2)
+    assert movement(settled, before, moved(before, 3.0, 50.0))[1] == pytest.approx(0.1 * 50 / 2)
+    # By the larger score, that before or that after.
+    assert movement(settled, before, moved(after, 7.0, 8.0))[2] == pytest.approx(3.0)  # 0.4 − 0.1
+    assert movement(settled, before, moved(after, 14.0, 0.0))[2] == pytest.approx(0.5 * 14 / 2)
+    assert movement(settled, before, moved(after, 0.0, 20.0))[2] == pytest.approx(0.4 * 20 / 2)
+
+
+def test_a_box_that_hardly_scores_holds_up_no_image() -> None:
+    settled = Settled()
+    image = of_scores([[0.9, 0.01]])
+    assert movement(settled, image, moved(image, 0.0, 60.0))[0] <= 1
+    assert movement(settled, image, moved(image, 60.0, 0.0))[0] > 1
+    # Not for ever: where it begins to score, its image goes on.
+    assert movement(settled, image, of_scores([[0.9, 0.01 + 1.01 * settled.score]]))[0] > 1
+
+
+def test_a_change_of_score_counts_alike_at_every_score() -> None:
+    before = of_scores([[0.02], [0.4], [0.9]])
+    found = movement(Settled(), before, of_scores([[0.06], [0.44], [0.86]]))
+    assert found == pytest.approx([0.04 / Settled().score] * 3)
+
+
+@pytest.mark.parametrize("times", [1.5, 4.0])
+def test_movement_grows_with_what_moves(times: float) -> None:
+    """In proportion to pixels, to the score, and to one over the limits."""
+    image, settled = of_scores([[0.2, 0.1]]), Settled(pixels=1.0, score=0.05)
+    once = movement(settled, image, moved(image, 3.0, 2.0))[0]
+    farther = movement(settled, image, moved(image, 3.0 * times, 2.0 * times))[0]
+    scored = of_scores([[0.2 * times, 0.1 * times]])
+    surer = movement(settled, scored, moved(scored, 3.0, 2.0))[0]
+    strict = Settled(pixels=1.0 / times, score=0.05 / times)
+    stricter = movement(strict, image, moved(image, 3.0, 2.0))[0]
+    assert [farther, surer, stricter] == pytest.approx([times * once] * 3)
+    more = movement(settled, image, moved(image, 3.0, 2.0 * times))[0]
+    assert more >= once  # another box that moves farther ends nothing sooner
+
+
+def test_an_image_moves_by_itself() -> None:
+    """Whatever the others do, and the order of its boxes; NaN, which is not done, with a NaN."""
+    torch.manual_seed(1)
+    before = of_scores(torch.rand(3, 5).tolist(), 9 * torch.rand(3, 5, 4).double())
+    after = of_scores(torch.rand(3, 5).tolist(), 9 * torch.rand(3, 5, 4).double())
+    together = movement(Settled(), before, after)
+    for image, found in enumerate(together):
+        order = torch.randperm(5)
+        a, b = (Queries(*(leaf[image, order][None] for leaf in q)) for q in (before, after))
+        assert movement(Settled(), a, b) == [found]
+    after.boxes[1, 3, 0] = torch.nan
+    found = movement(Settled(), before, after)
+    assert math.isnan(found[1]) and found[::2] == together[::2]
 
 
 def test_without_queries_nothing_moves() -> None:

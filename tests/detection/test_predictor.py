@@ -147,14 +147,22 @@ def test_steps_are_taken_and_told(predictor: Predictor) -> None:
 
 
 def test_tolerance_is_what_a_box_may_still_move() -> None:
-    """An image ends at the first refinement after which no box moves farther."""
+    """An image ends at the first refinement after which no box moves farther, times its score."""
     loose = small_predictor(EquilibriumConfig(steps=25, settled=Settled(score=1.0)))
     image = picture(64, 96)  # of the size that the detector gets
     with torch.inference_mode():
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
         encoded = loose.detector.encode(pixels, torch.tensor([[64, 96]]))
-        path = [output.boxes for output in loose.detector.decoder.trajectory(*encoded)]
-    moved = [float((b - a).abs().max()) for a, b in pairwise(path)]
+        features, state = encoded
+        decoder: Any = loose.detector.decoder
+        state, path = decoder.first(state, features), []
+        for _ in range(26):
+            path.append((decoder.refinement.classify(state.content).sigmoid(), state.boxes))
+            state = decoder.refinement(state, features)
+    moved = [
+        float((torch.maximum(seen, then).amax(-1) * (after - before).abs().amax(-1)).max())
+        for (seen, before), (then, after) in pairwise(path)
+    ]
     for tolerance in (2 * max(moved), *(1.001 * m for m in sorted(moved)[::5]), min(moved) / 2):
         within = [n for n, m in enumerate(moved) if m <= tolerance]
         assert loose.predict(image, tolerance=tolerance).steps == (within[0] if within else 25)
