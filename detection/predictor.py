@@ -161,8 +161,8 @@ class Predictor(HubMixin):
             steps: refinements of each image: a number, or ``"auto"``, which goes on until the
                 detections have settled and 25 times at most; by default as the recipe says.
             tolerance: pixels, of the image as it was resized for the detector, that a box may
-                still move in one more refinement; an image that has come so far is done, before
-                its ``steps`` have been taken.
+                still move in one more refinement, times its score; an image that has come so far
+                is done, before its ``steps`` have been taken.
             max_detections: kept per image, the surest; by default as the recipe says.
             batch_size: images that go through the detector together.
 
