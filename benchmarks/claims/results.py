@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -83,15 +84,19 @@ class Record:
 
     @property
     def ap(self) -> float:
-        """AP at the end, in per cent."""
-        return 100.0 * float(self.epochs[-1]["AP"])
+        """AP at the end, in per cent; NaN of a run that ended without one."""
+        return _per_cent(self.epochs[-1].get("AP") if self.epochs else None)
 
     def ap_at(self, refinements: int) -> float | None:
         """AP in per cent when read after so many refinements, if that was looked at."""
         for point in self.inference.get("curve", ()):
             if point["kind"] == "naive" and point["setting"] == str(refinements):
-                return 100.0 * float(point["AP"])
+                return _per_cent(point["AP"])
         return None
+
+
+def _per_cent(value: Any) -> float:
+    return math.nan if value is None else 100.0 * float(value)
 
 
 def path_of(folder: Path, preset: str) -> Path:
@@ -143,13 +148,27 @@ def _parsed(line: str) -> Record:
     return Record(**{name: value for name, value in found.items() if name in known})
 
 
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """Records by date, those of the newest version after all others: a later one counts more."""
+    dated = sorted(records, key=lambda record: record.date)
+    if not dated:
+        return []
+    version = dated[-1].version
+    return sorted(dated, key=lambda record: record.version == version)
+
+
 def latest(records: Iterable[Record]) -> dict[tuple[str, int], Record]:
-    """The record that counts of each run and seed: the last, and a finished one before a failed."""
+    """The record that counts of each run and seed: of the newest version, if it has one.
+
+    Of one version it is the last, and a finished one before a failed; so what failed of the newest
+    code is not covered up by a result of a former one.
+    """
     found: dict[tuple[str, int], Record] = {}
-    for record in records:
-        key = record.run, record.seed
-        if record.finished or key not in found or not found[key].finished:
-            found[key] = record
+    for record in in_order(records):
+        known = found.get((record.run, record.seed))
+        kept = known is not None and known.finished and known.version == record.version
+        if record.finished or not kept:
+            found[record.run, record.seed] = record
     return found
 
 
@@ -163,14 +182,12 @@ def of_version(
 
 
 def by_arm(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
-    """Finished records of each arm by seed; of an arm whose settings changed, the newest ones."""
+    """Finished records of each arm by seed; of an arm whose settings changed, the newest alone."""
+    finished = [record for record in in_order(latest(records).values()) if record.finished]
+    newest = {arm: record.run for record in finished for arm in record.arms}
     found: dict[str, dict[int, Record]] = {}
-    for record in latest(records).values():
-        if not record.finished:
-            continue
+    for record in sorted(finished, key=lambda record: record.seed):
         for arm in record.arms:
-            known = found.setdefault(arm, {})
-            if any(other.run != record.run for other in known.values()):
-                known.clear()
-            known[record.seed] = record
+            if record.run == newest[arm]:
+                found.setdefault(arm, {})[record.seed] = record
     return found

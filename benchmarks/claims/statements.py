@@ -76,6 +76,13 @@ CLAIMS = (
         "RNNDet, NF = 6",
     ),
     _claim(
+        "deqdet-rnndet-6",
+        "DEQDet with six refinements is ahead of RNNDet with T = 6",
+        "2",
+        "DEQDet, NF = 6",
+        "RNNDet, NF = 6",
+    ),
+    _claim(
         "rnndet-adamixer",
         "RNNDet with T = 6 is ahead of AdaMixer",
         "2",

@@ -82,6 +82,32 @@ def test_arms_share_a_run_and_settings_do_not_mix(make_record: MakeRecord) -> No
     assert by_arm([both, longer]) == {"deqdet": {1: longer}, "rag-2": {0: both}}
 
 
+def test_the_date_decides_and_not_the_place_in_the_file(make_record: MakeRecord) -> None:
+    first = make_record("deqdet", 0, 40, date="2026-11-27T10:00:00+00:00")
+    second = replace(first, date="2026-11-28T10:00:00+00:00", seed=1)
+    other = replace(first, date="2026-11-27T20:00:00+00:00", run="other settings")
+    for records in ([first, other, second], [second, first, other], [other, second, first]):
+        assert by_arm(records) == {"deqdet": {0: first, 1: second}}
+    again = replace(first, date="2026-11-29T10:00:00+00:00")
+    assert latest([again, first])[first.run, 0] is again
+
+
+def test_a_result_of_former_code_does_not_cover_up_a_failure(make_record: MakeRecord) -> None:
+    former = make_record("deqdet", 0, 40, code="older", date="2026-11-26T10:00:00+00:00")
+    failed = make_record("deqdet", 0, 40, status="failed")
+    assert latest([former, failed])[failed.run, 0] is failed and by_arm([former, failed]) == {}
+    fine = make_record("deqdet", 1, 41)
+    assert by_arm([former, fine]) == {"deqdet": {0: former, 1: fine}}
+    newer = replace(former, code="abc", date="2026-11-25T10:00:00+00:00")
+    assert by_arm([newer, former, fine])["deqdet"][0] is newer  # of the version of the newest run
+
+
+def test_a_run_without_ap_has_none(make_record: MakeRecord) -> None:
+    record = make_record("deqdet", 0, 40, epochs=[{"epoch": 1, "AP": None}])
+    assert record.ap != record.ap
+    assert replace(record, epochs=[]).ap != replace(record, epochs=[]).ap
+
+
 # -- versions ------------------------------------------------------------------------------------
 
 
