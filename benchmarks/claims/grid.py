@@ -28,6 +28,7 @@ from benchmarks.claims.arms import (
     STEPS,
     Arm,
 )
+from benchmarks.claims.paper import PAPER, Printed
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,19 @@ class Row:
     Args:
         label: as the paper writes it.
         arm: what is trained.
-        paper: the paper's AP in per cent; `None` where it has none.
+        printed: what the paper prints of it, in this table or another; `None` where it has none.
         refinements: at which the trained detector is read; as many as its recipe says by default.
     """
 
     label: str
     arm: Arm
-    paper: float | None = None
+    printed: Printed | None = None
     refinements: int | None = None
+
+    @property
+    def paper(self) -> float | None:
+        """The paper's AP in per cent."""
+        return None if self.printed is None else self.printed.figure("AP")
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,13 @@ class Comparison:
     rows: tuple[Row, ...]
 
 
-def _sigma_rows(*rows: tuple[float, int, float]) -> tuple[Row, ...]:
-    return tuple(Row(f"{q:g} / {p}", SIGMA[q, p], paper) for q, p, paper in rows)
+def _row(table: str, label: str, arm: Arm, refinements: int | None = None) -> Row:
+    """A row that the paper has too."""
+    return Row(label, arm, PAPER[table][label], refinements)
+
+
+def _sigma_rows(table: str, *rows: tuple[float, int]) -> tuple[Row, ...]:
+    return tuple(_row(table, f"{q:g} / {p}", SIGMA[q, p]) for q, p in rows)
 
 
 COMPARISONS = (
@@ -65,81 +76,68 @@ COMPARISONS = (
         "2",
         "AdaMixer, RNNDet and DEQDet",
         (
-            Row("AdaMixer, NF = 6", ADAMIXER, 42.7),
-            Row("AdaMixer†, NF = 6", ADAMIXER_64, 42.7),
-            *(
-                Row(f"RNNDet, NF = {steps}", RNNDET[steps], paper)
-                for steps, paper in ((6, 43.4), (8, 44.2), (12, 44.2), (16, 43.8), (20, 43.7))
-            ),
-            *(
-                Row(f"DEQDet, NF = {steps}", DEQDET_AS_RNNDET, paper, refinements=steps)
-                for steps, paper in ((6, 44.3), (8, 44.9), (16, 45.2), (25, 45.3))
-            ),
-            Row("DEQDet†, NF = 6", DEQDET_64, 45.7, refinements=6),
-            Row("DEQDet†, NF = 25", DEQDET_64, 46.0, refinements=25),
+            _row("2", "AdaMixer, NF = 6", ADAMIXER),
+            _row("2", "AdaMixer†, NF = 6", ADAMIXER_64),
+            *(_row("2", f"RNNDet, NF = {n}", RNNDET[n]) for n in (6, 8, 12, 16, 20)),
+            *(_row("2", f"DEQDet, NF = {n}", DEQDET_AS_RNNDET, n) for n in (6, 8, 16, 25)),
+            *(_row("2", f"DEQDet†, NF = {n}", DEQDET_64, n) for n in (6, 25)),
         ),
     ),
     Comparison(
         "4a",
         "sampling points of the initialisation layer",
-        (Row("/", NO_INIT, 45.2), Row("32", INIT_32, 45.3), Row("64", INIT_64, 45.5)),
+        (_row("4a", "/", NO_INIT), _row("4a", "32", INIT_32), _row("4a", "64", INIT_64)),
     ),
     Comparison(
         "4b",
         "extra supervised layers h",
-        tuple(Row(str(h), EXTRA[h], ap) for h, ap in ((0, 44.7), (1, 45.1), (2, 45.5))),
+        tuple(_row("4b", str(h), EXTRA[h]) for h in (0, 1, 2)),
     ),
     Comparison(
         "4c",
         "the gradient",
         (
-            Row("RAG(1) = JFB", RAG[1], 41.9),
-            Row("RAG(2)", RAG[2], 45.5),
-            Row("RAG(3)", RAG[3], 45.5),
-            Row("RAG(4)", RAG[4], 45.7),
+            _row("4c", "RAG(1) = JFB", RAG[1]),
+            *(_row("4c", f"RAG({k})", RAG[k]) for k in (2, 3, 4)),
             Row("Neumann(2)", NEUMANN),
             Row("Phantom(2, 0.5)", PHANTOM),
             Row("Implicit()", IMPLICIT),
             Row("BPTT()", BPTT),
             Row("RAG(1) = JFB, no perturbation", QUIET_JFB),
-            Row("RAG(2), no perturbation", QUIET, 44.3),
+            Row("RAG(2), no perturbation", QUIET, PAPER["4e"]["/"]),
         ),
     ),
     Comparison(
         "4d",
         "supervision positions Ω",
         tuple(
-            Row(f"m = {m}, C = {c}", POSITIONS[m, c], ap)
-            for m, c, ap in ((4, 3, 45.5), (4, 4, 45.4), (3, 3, 45.1), (5, 3, 45.2))
+            _row("4d", f"m = {m}, C = {c}", POSITIONS[m, c])
+            for m, c in ((4, 3), (4, 4), (3, 3), (5, 3))
         ),
     ),
     Comparison(
         "4e",
         "where the perturbation enters",
         (
-            Row("/", QUIET, 44.3),
-            Row("zero-step", ENTRY["zero-step"], 44.9),
-            Row("one-step", ENTRY["one-step"], 45.1),
-            Row("multi-step", ENTRY["multi-step"], 45.5),
+            _row("4e", "/", QUIET),
+            *(_row("4e", entry, ENTRY[entry]) for entry in ("zero-step", "one-step", "multi-step")),
         ),
     ),
     Comparison(
         "4f",
         "one noise, σ_q / σ_p",
         (
-            Row("0 / 0", QUIET, 44.3),
-            *_sigma_rows((0, 25, 45.4), (0, 50, 45.5), (0.1, 0, 45.0), (0.2, 0, 45.2)),
+            _row("4f", "0 / 0", QUIET),
+            *_sigma_rows("4f", (0, 25), (0, 50), (0.1, 0), (0.2, 0)),
         ),
     ),
     Comparison(
         "4g",
         "both noises, σ_q / σ_p",
-        _sigma_rows((0.1, 25, 45.5), (0.1, 50, 45.5), (0.2, 25, 45.2), (0.2, 50, 45.2)),
+        _sigma_rows("4g", (0.1, 25), (0.1, 50), (0.2, 25), (0.2, 50)),
     ),
     Comparison(
-        "4h",
-        "T_train",
-        tuple(Row(str(t), STEPS[t], ap) for t, ap in ((15, 45.1), (20, 45.5), (25, 45.3))),
+        "4h", "T_train", tuple(_row("4h", str(steps), STEPS[steps]) for steps in (15, 20, 25))
     ),
 )
 """As the paper numbers them; the gradients without a figure are those that it lacks."""

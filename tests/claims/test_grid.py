@@ -13,6 +13,7 @@ from benchmarks.claims.arms import DEQDET, Arm
 from benchmarks.claims.grid import COMPARISONS, arms
 from benchmarks.claims.presets import PRESETS, chosen, preset
 from benchmarks.claims.statements import CLAIMS
+from benchmarks.claims.statistics import LEAST_SEEDS
 from detection.models.config import EquilibriumConfig, PerturbationConfig, RecurrentConfig
 from detection.models.detector import Detector
 from detection.recipes import recipe
@@ -135,11 +136,48 @@ def test_budgets_are_equal() -> None:
 
 def test_claims_have_the_papers_differences() -> None:
     assert {claim.name: claim.paper for claim in CLAIMS} == {
-        "rag": 3.6, "rag-quiet": None, "rap": 1.2, "deqdet-rnndet": 1.9, "rnndet-adamixer": 0.7,
+        "rag": 3.6, "rag-quiet": None, "rap": 1.2, "deqdet-rnndet": 1.9,
+        "deqdet-rnndet-6": 0.9, "rnndet-adamixer": 0.7,
         "deqdet-adamixer-6": 1.6, "more-refinements": 1.0, "rnndet-depth": 0.5, "init": 0.3,
         "extra": 0.8, "omega": 0.4, "rap-zero": 0.6, "rap-multi": 0.4, "noise-position": 1.1,
         "noise-content": 0.7, "noise-much": 0.3, "train-steps": 0.4, "neumann": None, "bptt": None,
     }  # fmt: skip
+
+
+def test_what_the_paper_prints_agrees_with_itself() -> None:
+    """What is trained once has the same costs, and what is read once the same figures."""
+    size = PRESETS["coco"]
+    costs: dict[str, Any] = {}
+    figures: dict[tuple[str, int], Any] = {}
+    for row in (row for comparison in COMPARISONS for row in comparison.rows if row.printed):
+        made = COCO[row.arm.name]
+        run, printed = size.identity(made), row.printed
+        assert printed is not None
+        if printed.costs is not None:
+            assert costs.setdefault(run, printed.costs) == replace(
+                printed.costs, rate=costs[run].rate
+            )
+        read = run, row.refinements or getattr(made.model.decoder, "steps", 6)
+        common = figures.setdefault(read, printed.figures)
+        assert common[:3] == printed.figures[:3]
+        small, medium, large = printed.figures[3:] or (0, 1, 2)
+        assert small < medium < large and printed.figures[2] < printed.figures[1]
+    assert len(costs) == 9 and figures[size.identity(COCO["deqdet"]), 25][:3] == (45.5, 64.4, 49.1)
+    assert figures[size.identity(COCO["init-32"]), 25][:3] == (45.3, 64.0, 48.9)
+
+
+def test_a_figure_of_another_table_says_so() -> None:
+    quiet = {
+        row.label: row.printed for c in COMPARISONS for row in c.rows if row.arm.name == "quiet"
+    }
+    assert {label: said.table for label, said in quiet.items() if said} == {
+        "RAG(2), no perturbation": "4e", "/": "4e", "0 / 0": "4f",
+    }  # fmt: skip
+
+
+def test_what_decides_nothing_has_too_few_seeds_for_a_verdict() -> None:
+    enough = {name for name, size in PRESETS.items() if len(size.seeds) >= LEAST_SEEDS}
+    assert enough == {"cpu", "gpu", "coco"}
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
