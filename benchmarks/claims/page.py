@@ -2,8 +2,8 @@
 
     python -m benchmarks.claims.page
 
-Tables and plots are those of the newest version of code and data in ``benchmarks/results``; the
-words around them are a person's.
+Tables and plots are those of the newest version of code and data in ``benchmarks/results``, at the
+settings that the presets have now; the words around them are a person's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.claims.plots import draw
-from benchmarks.claims.results import Record, by_arm, of_version, path_of, read
+from benchmarks.claims.presets import PRESETS
+from benchmarks.claims.results import (
+    Record,
+    by_arm,
+    in_order,
+    latest,
+    of_version,
+    path_of,
+    read,
+)
 from benchmarks.claims.statements import CLAIMS
 from benchmarks.claims.studies import studies
 from benchmarks.claims.tables import ap_of, sheets
@@ -31,21 +40,30 @@ PLOTS = {
 }
 
 
-def newest(path: Path) -> tuple[list[Record], int]:
-    """The results of the newest version, and how many others there are."""
-    records, _ = read(path)
-    return of_version(records, records[-1].version) if records else ([], 0)
+def counting(results: Path, name: str) -> tuple[list[Record], int]:
+    """The results of a preset that belong together, and how many others there are.
+
+    They are those of the runs that the preset has now, of the newest version; by date.
+    """
+    records, _ = read(path_of(results, name))
+    wanted = PRESETS[name].runs()
+    ordered = in_order(record for record in records if record.run in wanted)
+    if not ordered:
+        return [], len(records)
+    same, _ = of_version(ordered, ordered[-1].version)
+    return same, len(records) - len(same)
 
 
 def block(results: Path, name: str) -> str:
     """What stands between the marks of a preset; ``name`` is that of the preset."""
-    records, others = newest(path_of(results, name))
+    records, others = counting(results, name)
     if not records:
         return "*Not measured yet.*"
     found = by_arm(records)
+    failed = [record for record in latest(records).values() if not record.finished]
     parts = [
         _origin(records, others),
-        *(sheet.markdown() for sheet in (*sheets(found), *studies(found))),
+        *(sheet.markdown() for sheet in (*sheets(found, failed), *studies(found))),
     ]
     missing = [
         claim.statement
@@ -54,7 +72,6 @@ def block(results: Path, name: str) -> str:
     ]
     if missing:
         parts.insert(2, f"Not measured at this size: {'; '.join(missing)}.")
-    failed = [record for record in records if not record.finished]
     if failed:
         reasons = "; ".join(f"{r.arms[0]}, seed {r.seed}: {r.reason}" for r in failed)
         parts.append(f"Failed: {reasons}.")
@@ -68,16 +85,18 @@ def block(results: Path, name: str) -> str:
 
 def _origin(records: Sequence[Record], others: int) -> str:
     last = records[-1]
+    finished = [record for record in latest(records).values() if record.finished]
     settings = last.recipe["optimization"]
+    devices = " and ".join(dict.fromkeys(record.device for record in finished or records))
     text = (
-        f"*{len([r for r in records if r.finished])} runs of {settings['epochs']} epochs on "
+        f"*{len(finished)} runs of {settings['epochs']} epochs on "
         f"{last.data['train_images']} images of {last.data['kind']} ({last.data['classes']} "
         f"classes; {last.data['val_objects']} objects on {last.data['val_images']} images to "
-        f"validate on), up to {last.date[:10]}; {last.device}, {last.jobs} runs at once; code "
+        f"validate on), up to {last.date[:10]}; {devices}, {last.jobs} runs at once; code "
         f"{last.code}, data {last.data['digest']}."
     )
     if others:
-        text += f" Left out, of other code or data: {others}."
+        text += f" Left out, of other code, data or settings: {others}."
     return f"{text}*"
 
 
@@ -105,7 +124,7 @@ def main() -> None:
     """Draw the plots; write the page."""
     text = PAGE.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- claims: (\w+) -->", text):
-        records, _ = newest(path_of(RESULTS, name))
+        records, _ = counting(RESULTS, name)
         if records:
             draw(by_arm(records), RESULTS, name)
     PAGE.write_text(written(text, RESULTS), encoding="utf-8")

@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.claims.grid import COMPARISONS
+from benchmarks.claims.grid import COMPARISONS, Row, row
 from benchmarks.claims.results import Record
-from benchmarks.claims.statistics import Estimate
-from benchmarks.claims.tables import Found, ap_of, distinct
+from benchmarks.claims.statistics import Estimate, difference
+from benchmarks.claims.tables import Found, ap_of, distinct, label
 
 SHOWN = (
     "adamixer",
@@ -27,15 +27,24 @@ SHOWN = (
     "bptt",
 )
 """Arms with a line of their own: what the paper's figures compare, and the gradients."""
+COLOURS = {label(name): f"C{n}" for n, name in enumerate(SHOWN)}
+"""An arm has the same in every plot."""
 DASHED = ("RNNDet", "AdaMixer")
+FULL = row("4c", "RAG(2)")
+"""DEQDet in full, beside which rows are drawn."""
+REFERENCES = {"2": row("2", "DEQDet, NF = 25")}
+"""The same by comparison, where its first layer is another."""
 
 Runs = Mapping[str, Sequence[Record]]
 
 
 def draw(found: Found, folder: Path, preset: str) -> list[Path]:
     """Every plot for which there is something to show; their paths."""
-    every = distinct({name: found[name] for name in SHOWN if name in found})
-    runs = {name: _alike(records) for name, records in every.items()}
+    runs = {
+        name: _alike(records)
+        for name, records in distinct(found).items()
+        if set(SHOWN) & set(records[0].arms[:1])
+    }
     drawings: dict[str, Callable[[Axes, Runs], bool]] = {
         "epochs": epochs,
         "gradients": gradients,
@@ -70,7 +79,15 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _style(name: str) -> dict[str, Any]:
-    return {"label": name, "linestyle": "--" if name.startswith(DASHED) else "-"}
+    return {
+        "label": name,
+        "linestyle": "--" if name.startswith(DASHED) else "-",
+        "color": COLOURS[name.removesuffix(" *")],
+    }
+
+
+def _per_cent(value: Any) -> float:
+    return np.nan if value is None else 100 * float(value)
 
 
 def _alike(records: Sequence[Record]) -> list[Record]:
@@ -96,23 +113,24 @@ def epochs(axes: Axes, runs: Runs) -> bool:
     """Fig. 5: AP against epochs."""
     for name, records in runs.items():
         x = [epoch["epoch"] for epoch in records[0].epochs]
-        _band(axes, x, [[100 * e["AP"] for e in record.epochs] for record in records], name)
-    axes.set(xlabel="epoch", ylabel="AP, %", title="Convergence (the paper's Figure 5)")
+        _band(axes, x, [[_per_cent(e["AP"]) for e in record.epochs] for record in records], name)
+    title = "Convergence (the paper's Figure 5): mean, and range of the seeds"
+    axes.set(xlabel="epoch", ylabel="AP, %", title=title)
     return bool(runs)
 
 
 def gradients(axes: Axes, runs: Runs) -> bool:
-    """Fig. 4: gradient norm against steps, with its deviation from step to step."""
+    """Fig. 4: gradient norm against steps, from its mean to its largest in a window of steps."""
     for name, records in runs.items():
-        history = records[0].history
-        norm, deviation = (
+        steps = records[0].history["step"]
+        norm, most = (
             np.mean([np.asarray(r.history[key], dtype=float) for r in records], axis=0)
-            for key in ("norm", "norm_deviation")
+            for key in ("norm", "norm_most")
         )
-        (line,) = axes.plot(history["step"], norm, **_style(name))
-        low, high = np.maximum(norm - deviation, 1e-3), norm + deviation
-        axes.fill_between(history["step"], low, high, color=line.get_color(), alpha=0.12)
-    axes.set(xlabel="step", ylabel="gradient norm", title="Gradient norm (Figure 4)")
+        (line,) = axes.plot(steps, norm, **_style(name))
+        axes.fill_between(steps, norm, most, color=line.get_color(), alpha=0.12)
+    title = "Gradient norm (Figure 4): mean of some steps, up to their largest"
+    axes.set(xlabel="step", ylabel="gradient norm", title=title)
     axes.set_yscale("log")
     return bool(runs)
 
@@ -127,10 +145,13 @@ def refinements(axes: Axes, runs: Runs) -> bool:
                 continue
             drawn = True
             x = np.mean([[p["steps"] for p in each] for each in points], axis=0)
-            y = np.mean([[100 * p["AP"] for p in each] for each in points], axis=0)
-            shown = name if kind == "naive" else f"{name}, {kind}"
-            axes.plot(x, y, marker=marker, **_style(shown))
-    axes.set(xlabel="refinements after the first layer", ylabel="AP, %", title="Refining on")
+            y = np.mean([[_per_cent(p["AP"]) for p in each] for each in points], axis=0)
+            style = _style(name)
+            if kind != "naive":
+                style |= {"label": f"{name}, {kind}", "linestyle": ":"}
+            axes.plot(x, y, marker=marker, **style)
+    title = "Refining on: mean of the seeds"
+    axes.set(xlabel="refinements after the first layer", ylabel="AP, %", title=title)
     return drawn
 
 
@@ -146,31 +167,53 @@ def residuals(axes: Axes, runs: Runs) -> bool:
         steps = range(1, len(values) + 1)
         (line,) = axes.plot(steps, values[:, each[0]["percentiles"].index(50)], **_style(name))
         axes.fill_between(steps, values[:, 0], values[:, -1], color=line.get_color(), alpha=0.12)
-    axes.set(xlabel="refinement", ylabel="relative change of the contents", title="Residuals")
+    title = "Residuals: median of the images, and 5 to 95 % of them"
+    axes.set(xlabel="refinement", ylabel="relative change of the contents", title=title)
     axes.set_yscale("log")
     return drawn
 
 
 def differences(axes: Axes, found: Found) -> bool:
-    """Every measured row beside the paper's figure, both against DEQDet in full."""
-    labels, here, paper = [], [], []
-    full = {seed: record.ap for seed, record in found.get("deqdet", {}).items()}
+    """Every measured row beside the paper's figure, both against the same row, DEQDet in full."""
+    labels: list[str] = []
+    here: list[Estimate] = []
+    paper: list[float] = []
     for comparison in COMPARISONS:
-        for row in comparison.rows:
-            mine = ap_of(found, row)
-            seeds = sorted(set(mine) & set(full))
-            if not seeds or row.paper is None or (row.refinements is None and mine == full):
-                continue
-            labels.append(f"{comparison.name}: {row.label}")
-            here.append(Estimate.of([mine[seed] - full[seed] for seed in seeds]))
-            paper.append(row.paper - (45.3 if comparison.name == "2" else 45.5))
+        full = REFERENCES.get(comparison.name, FULL)
+        for other in comparison.rows:
+            apart = beside(found, other, full)
+            if apart is not None:
+                labels.append(f"{comparison.name}: {other.label}")
+                here.append(apart[0])
+                paper.append(apart[1])
     if not labels:
         return False
     places = np.arange(len(labels))[::-1]
-    half = [estimate.half if estimate.count > 1 else 0.0 for estimate in here]
-    axes.errorbar([e.mean for e in here], places, xerr=half, fmt="o", label="here, 95 %")
-    axes.plot(paper, places, "D", fillstyle="none", label="paper")
+    for one, text in ((False, "here, mean and 95 %"), (True, "here, of one seed")):
+        drawn = [n for n, estimate in enumerate(here) if (estimate.count == 1) == one]
+        if drawn:
+            axes.errorbar(
+                [here[n].mean for n in drawn],
+                places[drawn],
+                xerr=None if one else [here[n].half for n in drawn],
+                fmt="x" if one else "o",
+                color="C0",
+                label=text,
+            )
+    axes.plot(paper, places, "D", fillstyle="none", color="C1", label="paper")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(places, labels, fontsize="small")
     axes.set(xlabel="AP beside DEQDet in full", title="Rows of the paper's tables")
     return True
+
+
+def beside(found: Found, other: Row, full: Row) -> tuple[Estimate, float] | None:
+    """How far a row is from DEQDet in full, here and in the paper.
+
+    `None` of what is not measured, not in the paper, or the same run read in the same way.
+    """
+    mine, whole = ap_of(found, other), ap_of(found, full)
+    same = mine == whole and other.refinements == full.refinements
+    if other.paper is None or full.paper is None or same or not set(mine) & set(whole):
+        return None
+    return difference(mine, whole), round(other.paper - full.paper, 1)

@@ -22,15 +22,23 @@ def make_record() -> MakeRecord:
             {"kind": kind, "setting": str(n), "steps": n, "AP": ap / 100 - 0.1 / (n + 1)}
             for n in (0, 6, 25)
         ]
+        apart = {"start_content": 1.4, "start_boxes": 30.0, "content": 0.1, "boxes": 2.0}
         look = {
             "content": [1e-2, 5e-3, 2e-3, 1e-3],
             "boxes": [0.1] * 4,
             "rate": 0.98,
             "radius": 0.7,
             "anderson": 1e-4,
-            "from": {"no first layer": {"content": 0.1, "boxes": 2.0, "agreeing": 0.9}},
+            "from": {
+                "boxes moved": {**apart, "agreeing": 1.0},
+                "no first layer": {**apart, "agreeing": 0.8},
+            },
         }
-        spread = {"percentiles": [5, 50, 95], "content": [[0.1, 0.2, 0.3]] * 25}
+        spread = {
+            "percentiles": [5, 50, 95],
+            "content": [[0.1, 0.2, 0.3]] * 25,
+            "state": [[0.01, 0.02, 0.03]] * 25,
+        }
         study = {"residuals": {**spread, "boxes": [[1, 2, 3]] * 25}, "fixed_point": [look]}
         fields: dict[str, object] = {
             "run": f"run of {arm}",
@@ -54,6 +62,7 @@ def make_record() -> MakeRecord:
             "date": f"2026-11-27T10:00:0{seed}+00:00",
             "parameters": 1_800_000,
             "epochs": [{"epoch": n, "AP": ap * n / 200, "AP50": 0.5} for n in (1, 2)],
+            "per_class": {"A": ap / 100, "coin": ap / 200, "face": None},
             "history": {
                 "step": [1, 2],
                 "loss": [2.0, 1.0],
