@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from statistics import fmean, median
 from typing import Any
@@ -82,7 +83,7 @@ def gradients(found: Found) -> Sheet:
         rows.append(
             (
                 name,
-                _ranged(norms, 1),
+                _ranged(norms, "{:.1f}".format),
                 f"{most:.0f}",
                 f"{100 * fmean(map(spikes, records)):.1f} %",
                 f"{unsteady} %",
@@ -107,22 +108,20 @@ def gradients(found: Found) -> Sheet:
     return Sheet("Figure 4: gradient norm before clipping", head, tuple(rows), notes)
 
 
-def _ranged(values: Sequence[float], decimals: int | None = None) -> str:
-    middle, low, high = (
-        brief(value) if decimals is None else f"{value:.{decimals}f}"
-        for value in (quantile(values, share) for share in (0.5, 0.05, 0.95))
-    )
+def _ranged(values: Sequence[float], as_text: Callable[[float], str] | None = None) -> str:
+    told = as_text or brief
+    middle, low, high = (told(quantile(values, share)) for share in (0.5, 0.05, 0.95))
     return f"{middle} ({low} to {high})"
 
 
-def brief(value: float) -> str:
+def brief(value: float, digits: int = 2) -> str:
     """Two digits of what is small, whole numbers of what is not, powers of what ran away.
 
     Example:
-        >>> brief(0.0123), brief(131.7), brief(4.6e12)
-        ('0.012', '132', '4.6e+12')
+        >>> brief(0.0123), brief(131.7), brief(4.6e12), brief(1.043, 3)
+        ('0.012', '132', '4.6e+12', '1.04')
     """
-    return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.2g}"
+    return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:.{digits}g}"
 
 
 def refinements(found: Found) -> Sheet:
@@ -219,7 +218,9 @@ def movements(found: Found) -> Sheet:
         "Does it come to rest? Change at a refinement: median (5 to 95 %) of some images and all "
         "seeds"
     )
-    notes = ("Boxes are all queries', also of those that detect nothing: the mean of their sides.",)
+    notes = (
+        "Boxes are those of all queries, also of such that detect nothing; sides in the mean.",
+    )
     return Sheet(title, head, tuple(rows), notes)
 
 
@@ -236,10 +237,10 @@ def fixed_points(found: Found) -> Sheet:
         rows.append(
             (
                 name,
-                _ranged(rates, 2) if rates else NONE,
-                _ranged(radii) if radii else NONE,
+                _ranged(rates, "{:.2f}".format) if rates else NONE,
+                _ranged(radii, partial(brief, digits=3)) if radii else NONE,
                 NONE if above is None else f"{100 * above:.0f} %",
-                brief(quantile(radii, 1)) if radii else NONE,
+                brief(quantile(radii, 1), 3) if radii else NONE,
                 _ranged(known(lambda look: look["anderson"])),
                 str(len(looks)),
             )

@@ -266,6 +266,24 @@ def test_results_of_other_settings_are_left_out(tmp_path: Path, records: list[Re
     assert page.counting(tmp_path, "cpu") == (again, 1 + len(records) + 1)
 
 
+def test_runs_without_ap_are_shown_and_drawn(tmp_path: Path, records: list[Record]) -> None:
+    """One seed of each arm ended with no figure at all; the others count."""
+    nothing = [{"epoch": n, "AP": None, "AP50": None} for n in (1, 2)]
+    lost = []
+    for record in records:
+        if record.seed == 0:
+            curve = [{**point, "AP": float("nan")} for point in record.inference["curve"]]
+            study = {**record.inference, "curve": curve}
+            record = replace(record, epochs=nothing, inference=study)
+        lost.append(record)
+    found = by_arm(lost)
+    for sheet in (*tables.sheets(found), *studies.studies(found)):
+        assert sheet.markdown() and sheet.rich().row_count == len(sheet.rows)
+        assert "nan" not in sheet.markdown()
+    assert {row[-1] for row in tables.verdicts(found).rows} == {"too few seeds"}
+    assert len(plots.draw(found, tmp_path, "cpu")) == 5
+
+
 def test_the_page_is_that_of_the_results(tmp_path: Path, records: list[Record]) -> None:
     older = replace(records[0], code="older", date="2026-11-26T10:00:00+00:00")
     failed = replace(records[0], seed=7, status="failed", reason="Why.")
