@@ -175,18 +175,10 @@ def residuals(axes: Axes, runs: Runs) -> bool:
 
 def differences(axes: Axes, found: Found) -> bool:
     """Every measured row beside the paper's figure, both against the same row, DEQDet in full."""
-    labels: list[str] = []
-    here: list[Estimate] = []
-    paper: list[float] = []
-    for comparison in COMPARISONS:
-        full = REFERENCES.get(comparison.name, FULL)
-        for other in comparison.rows:
-            apart = beside(found, other, full)
-            if apart is not None:
-                labels.append(f"{comparison.name}: {other.label}")
-                here.append(apart[0])
-                paper.append(apart[1])
-    if not labels:
+    rows = besides(found)
+    labels = [label for label, _, _ in rows]
+    here, paper = [apart for _, apart, _ in rows], [said for _, _, said in rows]
+    if not rows:
         return False
     places = np.arange(len(labels))[::-1]
     for one, text in ((False, "here, mean and 95 %"), (True, "here, of one seed")):
@@ -205,6 +197,18 @@ def differences(axes: Axes, found: Found) -> bool:
     axes.set_yticks(places, labels, fontsize="small")
     axes.set(xlabel="AP beside DEQDet in full", title="Rows of the paper's tables")
     return True
+
+
+def besides(found: Found) -> list[tuple[str, Estimate, float]]:
+    """Every row that can be drawn: its name, and how far it is from DEQDet in full."""
+    rows = []
+    for comparison in COMPARISONS:
+        full = REFERENCES.get(comparison.name, FULL)
+        for other in comparison.rows:
+            apart = beside(found, other, full)
+            if apart is not None:
+                rows.append((f"{comparison.name}: {other.label}", *apart))
+    return rows
 
 
 def beside(found: Found, other: Row, full: Row) -> tuple[Estimate, float] | None:

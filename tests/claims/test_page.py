@@ -244,6 +244,13 @@ def test_a_row_is_drawn_beside_the_same_row_here_and_in_the_paper(records: list[
     assert plots.beside(found, two, two) is None
     assert plots.beside(found, row("4g", "0.2 / 50"), four) is None  # not measured
     assert plots.beside(found, row("4c", "RAG(1) = JFB, no perturbation"), four) is None
+    kept = [r for r in records if r.arms != DEQDET]
+    for record in (r for r in records if r.arms == DEQDET):  # two runs, as at the paper's size
+        kept.append(replace(record, arms=["deqdet-as-rnndet"], run="smaller first layer"))
+        kept.append(replace(record, arms=["rag-2"], epochs=[{"AP": 0.5}]))
+    drawn = {name: (e.mean, said) for name, e, said in plots.besides(by_arm(kept))}
+    assert drawn["2: RNNDet, NF = 6"] == (pytest.approx(here.mean), -1.9)
+    assert drawn["4e: /"] == (pytest.approx(135.7 / 3 - 50), -1.2)
 
 
 def test_an_arm_has_one_colour() -> None:

@@ -61,6 +61,12 @@ def test_what_a_seed_does_to_both_does_not_count(values: list[float], shift: flo
     assert found.mean == pytest.approx(shift, abs=1e-9) and found.half == pytest.approx(0, abs=1e-9)
 
 
+def test_another_order_of_adding_up_is_no_difference() -> None:
+    better = {0: 0.1 + 0.2, 1: 1 + 5e-10, 2: 1 + 2e-9}
+    found = difference(better, {0: 0.3, 1: 1.0, 2: 1.0})
+    assert better[0] != 0.3 and found.mean == pytest.approx(2e-9 / 3, rel=1e-3)
+
+
 @given(LISTS, LISTS)
 def test_the_other_way_round_is_the_negative(a: list[float], b: list[float]) -> None:
     one, other = (dict(enumerate(values)) for values in (a, b))
