@@ -84,19 +84,19 @@ class Record:
 
     @property
     def ap(self) -> float:
-        """AP at the end, in per cent; NaN of a run that ended without one."""
-        return _per_cent(self.epochs[-1].get("AP") if self.epochs else None)
+        """AP at the end, in per cent; NaN where there was nothing to find."""
+        return _percent(self.epochs[-1]["AP"])
 
     def ap_at(self, refinements: int) -> float | None:
         """AP in per cent when read after so many refinements, if that was looked at."""
         for point in self.inference.get("curve", ()):
             if point["kind"] == "naive" and point["setting"] == str(refinements):
-                return _per_cent(point["AP"])
+                return _percent(point["AP"])
         return None
 
 
-def _per_cent(value: Any) -> float:
-    return math.nan if value is None else 100.0 * float(value)
+def _percent(figure: float | None) -> float:
+    return math.nan if figure is None else 100.0 * float(figure)
 
 
 def path_of(folder: Path, preset: str) -> Path:
