@@ -13,7 +13,7 @@ from typing import Any, Literal
 from benchmarks.claims.arms import Arm
 from benchmarks.claims.data import Data
 from benchmarks.claims.grid import arms
-from detection.configuration import to_json
+from detection.configuration import from_json, to_json
 from detection.models.config import EquilibriumConfig, StackedConfig
 from detection.recipes import recipe
 from detection.training.recipe import Recipe
@@ -88,7 +88,7 @@ class Preset:
         # These decide nothing, and a name is not the thing.
         plain = replace(made, name="", seed=0, workers=0, save_minutes=0.0)
         told: Mapping[str, Any] = {
-            "recipe": to_json(plain),
+            "recipe": to_json(from_json(Recipe, to_json(plain))),  # as it reads when it was stored
             "data": asdict(self.data),
             "teaching": self.teaching,
         }
