@@ -7,11 +7,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from detection.files import replacing
 from detection.training.progress import JsonLines, restored
 
 FORMAT = 1
+DAMAGED: Final = "damaged"
+NEWER: Final = "newer"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Record:
         recipe: the whole configuration.
         versions, device, threads, jobs: where it ran, and how many ran beside each other.
         date: of its end.
+        place: ``cpu`` or ``cuda``; this and the next two are empty in records of before they were.
+        commit: what was checked out, with ``-dirty`` where files differed from it.
+        backbone: SHA-256 of the weights that the backbone began from, where they were a file.
         parameters: of the model.
         epochs: the twelve figures of COCO after each evaluation, in [0, 1], with ``epoch``.
         per_class: AP by class at the end.
@@ -42,7 +48,8 @@ class Record:
         resumed: how often the run was taken up again.
         memory: bytes at the peak of a training step (``train``) and of the inference of one image
             (``inference``), weights and states of the optimiser included.
-        rates: images a second at inference, by refinements.
+        rates: images a second at inference, by refinements: the median of some images of one size,
+            or the fastest where there is no ``commit``.
         inference: see `benchmarks.claims.inference`.
     """
 
@@ -58,6 +65,9 @@ class Record:
     threads: int
     jobs: int
     date: str
+    place: str = ""
+    commit: str = ""
+    backbone: str = ""
     reason: str = ""
     parameters: int = 0
     epochs: list[dict[str, Any]] = field(default_factory=list)
@@ -113,39 +123,57 @@ def append(path: Path, record: Record) -> None:
 def read(path: Path) -> tuple[list[Record], list[str]]:
     """The records of a file, oldest first, and what there is to say of it.
 
-    A line that is no record (one that a crash cut short) is put aside in ``….aside``.
+    Nothing is written: who reads need not be alone.  What is no record (a line that a crash cut
+    short, or one that is just being written) is passed over; `repair` puts it aside.
     """
-    if not path.exists():
-        return [], []
-    whole, torn, records = [], [], []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = _parsed(line)
-        except (ValueError, TypeError, KeyError):
-            torn.append(line if line.endswith("\n") else line + "\n")
-            continue
-        whole.append(line)
-        records.append(record)
+    found = [parsed(line) for line in _lines(path)]
+    told = []
+    if count := found.count(DAMAGED):
+        lines = "1 line is" if count == 1 else f"{count} lines are"
+        told.append(f"{path}: {lines} damaged, and left out.")
+    if count := found.count(NEWER):
+        lines = "1 line is" if count == 1 else f"{count} lines are"
+        told.append(
+            f"{path}: {lines} of a newer format than {FORMAT}, and left out. Use the code that "
+            "wrote them."
+        )
+    return [record for record in found if isinstance(record, Record)], told
+
+
+def repair(path: Path) -> list[str]:
+    """Put the damaged lines of a file aside in ``….aside``; nobody else may be writing.
+
+    Returns:
+        What there is to say of it.
+    """
+    lines = _lines(path)
+    torn = [line for line in lines if parsed(line) == DAMAGED]
     if not torn:
-        return records, []
+        return []
     aside = path.with_name(f"{path.name}.aside")
-    with open(aside, "a", encoding="utf-8") as file:
-        file.writelines(torn)
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text("".join(whole), encoding="utf-8")
-    temporary.replace(path)
-    lines = "1 line was" if len(torn) == 1 else f"{len(torn)} lines were"
-    return records, [f"{path}: {lines} damaged and put aside in {aside.name}."]
+    with open(aside, "ab") as file:
+        file.writelines(line if line.endswith(b"\n") else line + b"\n" for line in torn)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(line for line in lines if parsed(line) != DAMAGED))
+    were = "1 line was" if len(torn) == 1 else f"{len(torn)} lines were"
+    return [f"{path}: {were} damaged and put aside in {aside.name}."]
 
 
-def _parsed(line: str) -> Record:
-    if not line.endswith("\n"):
-        raise ValueError("cut short")
-    found = restored(json.loads(line))
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError("no record")
-    known = {f.name for f in fields(Record)}
-    return Record(**{name: value for name, value in found.items() if name in known})
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
+def parsed(line: bytes) -> Record | Literal["damaged", "newer"]:
+    """The record of a line that ends; or why it is none."""
+    try:
+        found = restored(json.loads(line))
+        version = found["format"]
+        if version == FORMAT and line.endswith(b"\n"):
+            known = {f.name for f in fields(Record)}
+            return Record(**{name: value for name, value in found.items() if name in known})
+        return NEWER if version > FORMAT else DAMAGED
+    except (ValueError, TypeError, KeyError, IndexError):
+        return DAMAGED
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:

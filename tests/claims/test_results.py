@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.claims import versions
-from benchmarks.claims.results import Record, append, by_arm, latest, of_version, path_of, read
+from benchmarks.claims.results import (
+    Record,
+    append,
+    by_arm,
+    latest,
+    of_version,
+    path_of,
+    read,
+    repair,
+)
 
 MakeRecord = Callable[..., Record]
 
@@ -26,14 +37,25 @@ def test_what_is_appended_is_read_again(tmp_path: Path, make_record: MakeRecord)
     assert records[1].ap_at(25) == pytest.approx(41 - 10 / 26) and records[1].ap_at(24) is None
 
 
+def test_who_reads_writes_nothing(tmp_path: Path, make_record: MakeRecord) -> None:
+    """The line may be one that is just being written."""
+    path = path_of(tmp_path, "cpu")
+    append(path, make_record("deqdet", 0, 40))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:100])
+    records, told = read(path)
+    assert len(records) == 1 and told == [f"{path}: 1 line is damaged, and left out."]
+    assert path.read_bytes() == whole + whole[:100] and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_torn_line_is_put_aside_and_told(tmp_path: Path, make_record: MakeRecord) -> None:
     path = path_of(tmp_path, "cpu")
     append(path, make_record("deqdet", 0, 40))
     whole = path.read_bytes()
     with open(path, "ab") as file:
         file.write(whole[:100])
-    (record,), (told,) = read(path)
-    assert record.seed == 0 and path.read_bytes() == whole
+    (told,) = repair(path)
+    assert path.read_bytes() == whole and repair(path) == []
     assert "1 line was damaged and put aside in claims-cpu.jsonl.aside" in told
     assert path.with_name("claims-cpu.jsonl.aside").read_bytes() == whole[:100] + b"\n"
     append(path, make_record("deqdet", 1, 41))
@@ -48,9 +70,42 @@ def test_whatever_is_no_record_is_put_aside(
     path.write_text(f"{line}\n", encoding="utf-8")
     append_to = make_record("deqdet", 0, 40)
     records, told = read(path)
-    assert records == [] and len(told) == 1
+    assert records == [] and len(told) == len(repair(path)) == 1
     append(path, append_to)
     assert read(path) == ([append_to], [])
+
+
+def test_a_newer_format_is_no_damage(tmp_path: Path, make_record: MakeRecord) -> None:
+    path = path_of(tmp_path, "cpu")
+    path.write_text('{"format": 2, "runs": []}\n', encoding="utf-8")
+    assert repair(path) == []
+    append(path, make_record("deqdet", 0, 40))
+    records, (told,) = read(path)
+    assert len(records) == 1 and "1 line is of a newer format than 1, and left out" in told
+
+
+def test_records_of_before_a_field_was_there_are_read(
+    tmp_path: Path, make_record: MakeRecord
+) -> None:
+    path = path_of(tmp_path, "cpu")
+    append(path, make_record("deqdet", 0, 40))
+    line = json.loads(path.read_text())
+    for name in ("place", "commit", "backbone"):
+        del line[name]
+    path.write_text(json.dumps({**line, "of_a_newer_code": 1}) + "\n")
+    (record,), told = read(path)
+    assert record.finished and record.place == record.commit == record.backbone == "" and not told
+
+
+def test_an_ap_of_nothing_is_nan(make_record: MakeRecord) -> None:
+    """As the evaluation gives it where there are no objects."""
+    point = {"kind": "naive", "setting": "25", "steps": 25, "AP": float("nan")}
+    record = make_record(
+        "deqdet", 0, 40, epochs=[{"epoch": 1, "AP": None}], inference={"curve": [point]}
+    )
+    assert math.isnan(record.ap)
+    at = record.ap_at(25)
+    assert at is not None and math.isnan(at)
 
 
 def test_figures_that_json_lacks_are_kept(tmp_path: Path, make_record: MakeRecord) -> None:
