@@ -8,7 +8,7 @@ The tied layer of RNNDet is walked beyond its training in the same way.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,21 +173,27 @@ def _first_images(model: Detector, dataset: CocoDataset, count: int) -> Iterator
 
 
 def rates(model: Detector, dataset: CocoDataset, sample: int) -> dict[str, float]:
-    """Images a second, one at a time, by refinements; of the fastest of some images.
-
-    All are of one size and take the same work: what is slower was held up by other processes.
-    """
+    """Images a second, one at a time, by refinements: the median of so many images of one size."""
     model.eval()
     stops: dict[str, implicit.Steps | None] = {"own": None}
     if isinstance(model.decoder, EquilibriumDecoder):
         stops = {str(n): implicit.Steps(n) for n in RATES}
     found = {}
-    images = list(_first_images(model, dataset, sample))
+    images = of_one_size(list(_first_images(model, dataset, sample)))
     with torch.inference_mode():
         for name, stop in stops.items():
             times = [
                 seconds(lambda batch=batch, stop=stop: model(batch.images, batch.sizes, stop=stop))
                 for batch in [images[0], *images]
             ]
-            found[name] = rounded(1 / min(times[1:]))
+            found[name] = rounded(1 / statistics.median(times[1:]))
     return found
+
+
+def of_one_size(images: Sequence[Batch]) -> list[Batch]:
+    """As many images, all of the size that is most frequent: a larger one is more work."""
+    by_size: dict[tuple[int, ...], list[Batch]] = {}
+    for image in images:
+        by_size.setdefault(tuple(image.sizes[0].tolist()), []).append(image)
+    most = max(by_size.values(), key=len)
+    return [most[n % len(most)] for n in range(len(images))]

@@ -17,6 +17,8 @@ from benchmarks.claims.paths import ANDERSON, Path, distance
 from benchmarks.claims.presets import PRESETS
 from detection.data import compose_digits
 from detection.data.coco import CocoDataset
+from detection.data.loading import collate
+from detection.data.types import Batch, Target
 from detection.decoder.queries import Queries
 from detection.distributed import Distributed
 from detection.models.decoders import EquilibriumDecoder
@@ -141,6 +143,17 @@ def test_rates_are_told_by_refinements(data: tuple[CocoDataset, CocoDataset]) ->
     assert list(found) == ["6", "8", "16", "25"]
     assert all(math.isfinite(rate) and rate > 0 for rate in found.values())
     assert list(inference.rates(detector(RECIPES["adamixer"]), data[1], 2)) == ["own"]
+
+
+def test_rates_are_of_images_of_one_size() -> None:
+    def image(width: int) -> Batch:
+        target = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 0, (64, width))
+        return collate([(torch.zeros(3, 64, width, dtype=torch.uint8), target)])
+
+    images = [image(width) for width in (90, 64, 96, 64, 64)]  # 90 and 96 are padded to one size
+    chosen = inference.of_one_size(images)
+    assert [batch.sizes.tolist() for batch in chosen] == [[[64, 64]]] * 5
+    assert len({id(batch) for batch in chosen}) == 3
 
 
 def test_memory_is_that_of_a_step_and_of_an_image(
