@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.claims.jobs import Job, begin, load
+from benchmarks.claims.jobs import Job, begin, load, on_card
 from benchmarks.claims.measuring import first_batches
-from benchmarks.claims.running import deaf
+from benchmarks.claims.processes import beside, started
+from benchmarks.claims.running import ending
 from benchmarks.measure import seconds
 from detection.distributed import Distributed
+from detection.files import replacing
 from detection.models.config import EquilibriumConfig, RecurrentConfig
 from detection.models.detector import Detector
 from detection.training.step import Step
@@ -47,7 +50,8 @@ class Timing:
     Attributes:
         step, image: seconds of a training step, and of the inference of an image.
         weights, checkpoint: bytes on the disk.
-        peak: bytes of the process that timed it, at most.
+        peak: bytes, at most, of the memory where it trains.
+        host: bytes, at most, of the machine's memory.
     """
 
     step: float
@@ -55,13 +59,15 @@ class Timing:
     weights: int
     checkpoint: int
     peak: int
+    host: int
 
 
-def minutes(job: Job, timing: Timing) -> float:
-    """Of a whole run."""
+def minutes(job: Job, timing: Timing, done: int = 0) -> float:
+    """Of a run, or of what is left of it when some steps are done; its start is left out."""
     settings, data = job.recipe.optimization, job.data
     steps = settings.epochs * -(-data["train_images"] // settings.batch_size)
     evaluations = -(-settings.epochs // job.recipe.evaluate_every)
+    left = max(0.0, 1.0 - done / steps)
     decoder = job.recipe.model.decoder
     study = data["val_images"] * timing.image
     if isinstance(decoder, (EquilibriumConfig, RecurrentConfig)):
@@ -70,9 +76,9 @@ def minutes(job: Job, timing: Timing) -> float:
         assert isinstance(calls, int)
         walked = WALKED / 2 if recurrent else WALKED
         study = timing.image / calls * (walked * data["val_images"] + LOOKED * job.sample)
-    scoring = (SCORINGS + evaluations) * data["val_images"] * SCORING
-    evaluated = evaluations * data["val_images"] * timing.image
-    return (steps * timing.step + evaluated + study + scoring) / 60
+    study += SCORINGS * data["val_images"] * SCORING
+    evaluated = evaluations * data["val_images"] * (timing.image + SCORING)
+    return (left * (steps * timing.step + evaluated) + study) / 60
 
 
 def hours_text(minutes: float) -> str:
@@ -101,60 +107,66 @@ def wall(each: Sequence[float], jobs: int) -> float:
     return max(busy)
 
 
-def measure(jobs: Sequence[Job], parallel: int, cache: Path) -> dict[str, Timing]:
-    """Timings by run, as many processes beside each other as there will be; kept in ``cache``."""
+def measure(
+    jobs: Sequence[Job], parallel: int, cache: Path
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Time a few steps of each run, as many at once as there will be.
+
+    Args:
+        jobs: of some seeds; all seeds of a run take the same time.
+        parallel: how many at once.
+        cache: where timings are kept.
+
+    Returns:
+        Timings by run; and of those that failed, why.
+    """
     try:
-        known = {run: Timing(**found) for run, found in json.loads(cache.read_text()).items()}
+        known = {key: Timing(**found) for key, found in json.loads(cache.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         known = {}
     wanted = {_key(job): job for job in jobs}
-    missing = [job for key, job in wanted.items() if key not in known]
-    known |= _time(missing, parallel)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps({run: asdict(timing) for run, timing in known.items()}))
-    return {job.run: known[key] for key, job in wanted.items()}
+    reasons = _time([job for key, job in wanted.items() if key not in known], parallel, known)
+    with suppress(OSError):  # on a full disk: it is told of with the checkpoints, and they matter
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps({key: asdict(timing) for key, timing in known.items()}))
+    return {job.run: known[key] for key, job in wanted.items() if key in known}, reasons
 
 
 def _key(job: Job) -> str:
     return f"{job.run}-{job.code}-{job.device}-{job.jobs}x{job.threads}"
 
 
-def _time(jobs: Sequence[Job], parallel: int) -> dict[str, Timing]:
-    if not jobs:
-        return {}
-    context = multiprocessing.get_context("spawn")
-    found: dict[str, Timing] = {}
+def _time(jobs: Sequence[Job], parallel: int, known: dict[str, Timing]) -> dict[str, str]:
+    """Add to what is known; reasons by run, where that failed.
+
+    Each run has a process of its own: its memory is not that of another, nor is its end.
+    """
+    reasons: dict[str, str] = {}
     with TemporaryDirectory() as folder:
-        processes = []
-        for n in range(min(parallel, len(jobs))):
-            path = Path(folder) / f"{n}.json"
-            process = context.Process(target=time_some, args=(jobs[n::parallel], path))
-            with deaf():
-                process.start()
-            processes.append((process, path))
-        try:
-            for process, _ in processes:
-                process.join()
-        except KeyboardInterrupt:
-            for process, _ in processes:
-                process.terminate()
-            raise
-        for process, path in processes:
-            if not path.exists():
-                said = (path.with_suffix(".txt")).read_text(errors="replace").strip()
-                raise SystemExit(
-                    f"A few steps were to be timed, and the process ended with {process.exitcode}: "
-                    f"{said.splitlines()[-1] if said else 'it said nothing'}"
-                )
-            found |= {key: Timing(**t) for key, t in json.loads(path.read_text()).items()}
-    return found
+
+        def start(job: Job, place: int) -> BaseProcess:
+            return started(time_one, on_card(job, place), Path(folder) / f"{job.run}.json")
+
+        def ended(job: Job, code: int) -> None:
+            path = Path(folder) / f"{job.run}.json"
+            if path.exists():
+                known[_key(job)] = Timing(**json.loads(path.read_text()))
+            else:
+                reasons[job.run] = ending(code, path.with_suffix(".txt"))
+
+        beside(jobs, parallel, start, ended)
+    return reasons
 
 
-def time_some(jobs: Sequence[Job], path: Path) -> None:
-    """Time a few steps of each; the target of a process."""
-    begin(jobs[0].device, jobs[0].threads, path.with_suffix(".txt"))
-    found = {_key(job): asdict(_timed(job)) for job in jobs}
-    path.write_text(json.dumps(found))
+def time_one(job: Job, path: Path) -> None:
+    """Time a few steps; the target of a process."""
+    begin(job.device, job.threads, path.with_suffix(".txt"))
+    try:
+        timing = _timed(job)
+    except Exception as error:  # whatever it is, it is that run's
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(asdict(timing)))
 
 
 def _timed(job: Job) -> Timing:
@@ -179,15 +191,15 @@ def _timed(job: Job) -> Timing:
             for image in [looked[0], *looked]
         ]
     weights = _bytes(model.state_dict())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if job.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() + CONTEXT
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    is_cuda = device.device.type == "cuda"
     return Timing(
         statistics.median(times),
         statistics.median(inferred[1:]),
         weights,
         weights + _bytes(step.state_dict()),
-        peak,
+        torch.cuda.max_memory_allocated() + CONTEXT if is_cuda else host,
+        host,
     )
 
 
@@ -195,7 +207,7 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def disk_needed(jobs: Iterable[Job], timings: dict[str, Timing], parallel: int) -> int:
+def disk_needed(jobs: Iterable[Job], timings: Mapping[str, Timing], parallel: int) -> int:
     """Bytes: the weights of every run, and the checkpoints of those that go on at once."""
     every = [timings[job.run] for job in jobs]
     largest = max((timing.checkpoint for timing in every), default=0)

@@ -26,8 +26,13 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def check_memory(needed: int, device: str, jobs: int) -> None:
+def check_memory(needed: int, device: str, jobs: int, cards: int = 1) -> None:
     """Refuse what the memory has no room for.
+
+    Args:
+        needed: by all runs on a card, or on the machine where ``device`` is ``cpu``.
+        jobs: runs there.
+        cards: how many such cards there are.
 
     Raises:
         SystemExit: with a sentence.
@@ -35,7 +40,7 @@ def check_memory(needed: int, device: str, jobs: int) -> None:
     free = free_memory(device)
     if needed > free:
         fewer = max(1, int(free * jobs / needed))
-        hint = f"--jobs {fewer}" if fewer < jobs else "a smaller preset"
+        hint = f"--jobs {cards * fewer}" if fewer < jobs else "a smaller preset"
         raise SystemExit(
             f"{jobs} runs at once need {_size(needed)} of memory and there are {_size(free)} free "
             f"on {device}: choose {hint}."
@@ -43,9 +48,11 @@ def check_memory(needed: int, device: str, jobs: int) -> None:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that can be had now."""
+    """Bytes that can be had now; of GPUs on the one that has least."""
     if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+        return min(
+            int(torch.cuda.mem_get_info(card)[0]) for card in range(torch.cuda.device_count())
+        )
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         (found,) = (line for line in lines if line.startswith("MemAvailable:"))

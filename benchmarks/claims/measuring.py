@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median, pstdev
@@ -28,23 +29,21 @@ WINDOWS = 120
 
 
 class Clock:
-    """Times the steps of a run, over all its sessions; ends it when nobody waits for it any more.
+    """Times the steps of a run, over all its sessions.
 
     Args:
         path: where the seconds are kept.
-        parent: id of the process that started this one.
     """
 
-    def __init__(self, path: Path, parent: int) -> None:
-        self.parent, self.last = parent, self.now()
+    def __init__(self, path: Path) -> None:
+        self.last = self.now()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        # Line by line: what a process that is killed has measured is kept.
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self.path = path
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Take the time since the record before."""
-        if os.getppid() != self.parent:
-            raise SystemExit("the process that started this run is gone")
         taken = [now - last for now, last in zip(self.now(), self.last, strict=True)]
         if "scores" not in record:
             self.file.write(json.dumps(taken) + "\n")
@@ -60,10 +59,21 @@ class Clock:
         return time.perf_counter(), time.process_time()
 
     def medians(self) -> tuple[float, float]:
-        """Seconds of a step, of both clocks; what interrupts a few of them does not count."""
-        lines = [line for line in self.path.read_text().split("\n") if line.endswith("]")]
-        wall, processor = zip(*map(json.loads, lines), strict=True)
+        """Seconds of a step, of both clocks; what interrupts a few of them does not count.
+
+        They are NaN where no step was timed.
+        """
+        taken = list(self._taken())
+        if not taken:
+            return math.nan, math.nan
+        wall, processor = zip(*taken, strict=True)
         return median(wall), median(processor)
+
+    def _taken(self) -> Iterator[tuple[float, float]]:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, TypeError):  # a line that was cut short
+                wall, processor = map(float, json.loads(line))
+                yield wall, processor
 
 
 def history(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

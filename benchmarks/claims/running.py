@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.jobs import Job, execute
+from benchmarks.claims.jobs import Job, execute, left_behind, on_card
 from benchmarks.claims.presets import Preset, cores
+from benchmarks.claims.processes import beside, started
 from benchmarks.claims.results import Record, latest
 from detection.training.recipe import Recipe
 
@@ -64,86 +59,50 @@ def remaining(jobs: Sequence[Job], records: Iterable[Record], retry: bool) -> li
     return [job for job in jobs if is_left(job)]
 
 
-@contextmanager
-def alone(work: Path) -> Iterator[None]:
-    """Nobody else works in a folder.
-
-    Raises:
-        SystemExit: with a sentence, if somebody does.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SystemExit(
-                f"Another process works on this preset in {work}: wait for it, or end it."
-            ) from None
-        yield
-
-
-@contextmanager
-def deaf() -> Iterator[None]:
-    """Processes started inside do not hear Ctrl-C: it is for the one that started them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def run(jobs: Sequence[Job], parallel: int, on_end: Callable[[Job, Record], None]) -> None:
     """Do the jobs, ``parallel`` at once; ``on_end`` takes each record as it comes.
 
     Ctrl-C ends those that go on; they continue from their checkpoints another time.
     """
-    context = multiprocessing.get_context("spawn")
-    waiting, going = list(jobs), dict[int, tuple[BaseProcess, Job]]()
-    try:
-        while waiting or going:
-            while waiting and len(going) < parallel:
-                job = waiting.pop(0)
-                found = left_behind(job)
-                if found is not None:
-                    on_end(job, found)
-                    continue
-                process = context.Process(target=execute, args=(job,))
-                with deaf():
-                    process.start()
-                going[process.sentinel] = process, job
-            for sentinel in wait(list(going)) if going else ():
-                process, job = going.pop(sentinel)  # type: ignore[index]
-                process.join()
-                record = left_behind(job) or job.record("failed", reason=_ending(process, job))
-                on_end(job, record)
-    finally:
-        for process, _ in going.values():
-            process.terminate()
-        for process, _ in going.values():
-            process.join()
+    waiting = []
+    for job in jobs:
+        found = left_behind(job)
+        if found is None:
+            waiting.append(job)
+        else:
+            on_end(job, found)
 
+    def ended(job: Job, code: int) -> None:
+        reason = ending(code, job.folder / "output.txt")
+        on_end(job, left_behind(job) or job.record("failed", reason=reason))
 
-def left_behind(job: Job) -> Record | None:
-    """The record that a job has left in its folder, if it has."""
-    try:
-        return Record(**json.loads(job.result.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    beside(waiting, parallel, lambda job, place: started(execute, on_card(job, place)), ended)
 
 
 def forget(job: Job) -> None:
-    """Let a job that failed be done again, from its last checkpoint."""
-    job.result.unlink(missing_ok=True)
+    """Let a job that failed be done again, from its last checkpoint; a result is kept."""
+    record = left_behind(job)
+    if record is not None and not record.finished:
+        job.result.unlink(missing_ok=True)
 
 
-def _ending(process: BaseProcess, job: Job) -> str:
-    code = process.exitcode or 0
+def ending(code: int, output: Path) -> str:
+    """How a process has ended that left nothing: its exit code, and its last word in a file."""
     if code < 0:
         return f"The process was ended by signal {-code}" + (
             ", as the system does where memory runs out." if code == -9 else "."
         )
     try:
-        said = (job.folder / "output.txt").read_text(errors="replace").strip().splitlines()
+        said = output.read_text(errors="replace").strip().splitlines()
     except OSError:
         said = []
-    return f"The process ended with {code}: {said[-1] if said else 'it said nothing'}"
+    text = f"The process ended with {code}: {said[-1] if said else 'it said nothing'}"
+    return f"{text} (the disk under {output.parent} is full)" if _is_full(output.parent) else text
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether there is no room for so much as a word."""
+    try:
+        return shutil.disk_usage(folder).free < 2**16
+    except OSError:
+        return False

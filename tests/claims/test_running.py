@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,26 +19,21 @@ from typing import Any
 
 import fake_runs
 import pytest
+import torch
+from fake_runs import DATA, make_job
 
-from benchmarks.claims import cost, limits, running
-from benchmarks.claims.__main__ import Session, main, options
+from benchmarks.claims import __main__, cost, jobs, limits, processes, running
+from benchmarks.claims.__main__ import Session, at_once, lacking, main, options
 from benchmarks.claims.data import describe, digest_of
 from benchmarks.claims.jobs import Job
 from benchmarks.claims.measuring import Clock, history
 from benchmarks.claims.presets import PRESETS
-from benchmarks.claims.results import Record, read
+from benchmarks.claims.results import Record, append, read
 from benchmarks.measure import wide_console
 from detection.data import compose_digits
-from detection.recipes import recipe
+from detection.training.progress import JsonLines
 
 ROOT = Path(__file__).parents[2]
-DATA = {"train_images": 40, "val_images": 10, "digest": "def"}
-
-
-def make_job(folder: Path, arm: str, seed: int = 0) -> Job:
-    made = replace(recipe("deqdet_digits"), seed=seed)
-    where = folder / f"{arm}-{seed}"
-    return Job(f"run of {arm}", (arm,), "abc", made, DATA, folder, where, "cpu", 1, 2, 4)
 
 
 def do(jobs: list[Job], parallel: int = 2) -> dict[str, Record]:
@@ -56,6 +53,7 @@ def test_a_failed_run_is_recorded_and_does_not_stop_the_others(tmp_path: Path) -
     ended = do([make_job(tmp_path, name) for name in names])
     assert set(ended) == set(names)
     assert [name for name in names if ended[name].finished] == ["fine", "well"]
+    assert ended["fails"].reason == "ValueError: it cannot be done"
     assert "ended by signal 9, as the system does where memory runs out" in ended["killed"].reason
     assert ended["exits"].reason == "The process ended with 7: the last word"
 
@@ -68,9 +66,51 @@ def test_what_ended_unrecorded_is_not_done_again(tmp_path: Path) -> None:
     assert (job.folder / "calls").read_text() == "x"
     failed = make_job(tmp_path, "fails")
     do([failed])
-    running.forget(failed)
-    do([failed])
+    for job_to_retry in (failed, job):
+        running.forget(job_to_retry)
+    do([failed, job])
     assert (failed.folder / "calls").read_text() == "xx"
+    assert (job.folder / "calls").read_text() == "x"  # a result is not forgotten
+
+
+def test_a_run_ends_with_its_command(tmp_path: Path) -> None:
+    """It holds its folder until then, so that a successor waits."""
+    code = f"import fake_runs, pathlib; fake_runs.command(pathlib.Path({str(tmp_path)!r}))"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    folder = make_job(tmp_path, "waits").folder
+    until((folder / "calls").exists)
+    assert not is_free(folder / "lock")
+    parent.kill()
+    parent.wait()
+    until(lambda: is_free(folder / "lock"), seconds=60)
+    assert not (folder / "record.json").exists()
+
+
+def is_free(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def test_what_is_held_is_held_in_turn(tmp_path: Path) -> None:
+    order = []
+
+    def second() -> None:
+        with processes.in_turn(tmp_path / "lock"):
+            order.append("second")
+
+    with processes.in_turn(tmp_path / "lock"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 @pytest.mark.usefixtures("fake")
@@ -88,28 +128,130 @@ def test_ctrl_c_ends_the_runs(tmp_path: Path) -> None:
 
 
 def test_jobs_that_remain(tmp_path: Path) -> None:
-    jobs = [make_job(tmp_path, arm, seed) for seed in (0, 1) for arm in ("a", "b")]
-    done = [jobs[0].record("finished"), jobs[1].record("failed", reason="no")]
-    assert running.remaining(jobs, done, retry=False) == jobs[2:]
-    assert running.remaining(jobs, done, retry=True) == jobs[1:]
+    every = [make_job(tmp_path, arm, seed) for seed in (0, 1) for arm in ("a", "b")]
+    done = [every[0].record("finished"), every[1].record("failed", reason="no")]
+    assert running.remaining(every, done, retry=False) == every[2:]
+    assert running.remaining(every, done, retry=True) == every[1:]
 
 
 def test_all_arms_have_their_first_seed_first(tmp_path: Path) -> None:
-    jobs = running.jobs_of(PRESETS["cpu"], tmp_path, DATA, "abc", tmp_path / "work", 2)
-    assert [job.recipe.seed for job in jobs] == [0] * 5 + [1] * 5 + [2] * 5
-    assert len({job.folder for job in jobs}) == 15
-    assert all(job.code in job.folder.name and "def" in job.folder.name for job in jobs)
+    every = running.jobs_of(PRESETS["cpu"], tmp_path, DATA, "abc", tmp_path / "work", 2)
+    assert [job.recipe.seed for job in every] == [0] * 5 + [1] * 5 + [2] * 5
+    assert len({job.folder for job in every}) == 15
+    assert all(job.code in job.folder.name and "def" in job.folder.name for job in every)
 
 
 def test_two_processes_do_not_work_on_one_preset(tmp_path: Path) -> None:
     with (
-        running.alone(tmp_path),
+        processes.alone(tmp_path),
         pytest.raises(SystemExit, match="Another process works on this preset"),
-        running.alone(tmp_path),
+        processes.alone(tmp_path),
     ):
         pass
-    with running.alone(tmp_path):  # and it is free again
+    with processes.alone(tmp_path):  # and it is free again
         pass
+
+
+def test_two_commands_do_not_write_one_file_of_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They work in two folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["claims", "--output", str(tmp_path / "results")])
+    with (
+        processes.alone(tmp_path / "results", ".claims-smoke.jsonl.lock"),
+        pytest.raises(SystemExit, match="Another process works on this preset in .*results"),
+    ):
+        main()
+
+
+def test_weights_alone_are_no_training_to_resume(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "step_000007.safetensors").touch()
+    assert not jobs.resumable(tmp_path)
+    (checkpoints / "step_000007.training.pt").touch()
+    assert jobs.resumable(tmp_path)
+
+
+def test_what_a_run_needs_to_go_on_stays_until_its_record_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(tmp_path, "fine")
+    checkpoints = job.folder / "training" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name in ("step_000007.safetensors", "step_000007.training.pt", "best.safetensors"):
+        (checkpoints / name).touch()
+    monkeypatch.setattr(jobs, "check_code", lambda code: None)
+    monkeypatch.setattr(jobs, "perform", lambda job: job.record("finished"))
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "write", no_room)
+        with pytest.raises(SystemExit):
+            jobs.finish(job)
+    assert "Its record could not be written" in capsys.readouterr().out.splitlines()[-1]
+    assert jobs.resumable(job.folder / "training")
+    jobs.finish(job)
+    found = jobs.left_behind(job)
+    assert found is not None and found.finished
+    assert [path.name for path in checkpoints.iterdir()] == ["step_000007.safetensors"]
+
+
+def no_room(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_runs_are_spread_over_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    job = replace(make_job(tmp_path, "a"), device="cuda")
+    cards = [jobs.on_card(job, place).device for place in range(3)]
+    assert cards == ["cuda:0", "cuda:1", "cuda:0"]
+    assert jobs.on_card(make_job(tmp_path, "a"), 1).device == "cpu"
+    assert jobs.on_card(job, 1).record("finished").place == "cuda"
+    monkeypatch.setattr(__main__, "cores", lambda: 20)
+    assert [at_once(PRESETS[name]) for name in ("cpu", "gpu", "coco")] == [2, 20, 2]
+
+
+def test_a_place_is_free_again_when_its_task_has_ended() -> None:
+    places, ended = {}, []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self) -> None:
+            self.sentinel, self.held = os.pipe()
+
+        def end(self) -> None:
+            os.close(self.held)
+
+        def join(self) -> None:
+            os.close(self.sentinel)
+
+    first = Process()
+
+    def start(task: str, place: int) -> Any:
+        places[task] = place
+        if task == "first":
+            return first
+        process = Process()
+        process.end()
+        return process
+
+    def on_end(task: str, code: int) -> None:
+        ended.append(task)
+        if task == "third":
+            first.end()
+
+    processes.beside(["first", "second", "third"], 2, start, on_end)
+    assert places == {"first": 0, "second": 1, "third": 1}
+    assert ended == ["second", "third", "first"]
+
+
+def test_a_record_says_what_it_is_of(tmp_path: Path) -> None:
+    record = make_job(tmp_path, "a").record("finished")
+    assert record.place == "cpu" and record.commit == jobs.commit()
+    (tmp_path / "weights").write_bytes(b"abc")
+    assert jobs.digest_of_weights(str(tmp_path / "weights")).startswith("ba7816bf8f01cfea")
+    assert jobs.digest_of_weights("") == ""
 
 
 def test_code_that_changes_meanwhile_is_not_run(tmp_path: Path) -> None:
@@ -146,9 +288,9 @@ def test_nothing_begins_where_there_is_no_room(
     """The whole command, with the timing as if it had been done."""
     monkeypatch.chdir(tmp_path)
     compose_digits(tmp_path / "data", train_images=2, val_images=1, size=64)
-    timing = cost.Timing(step=1, image=0.1, weights=2**20, checkpoint=2**30, peak=2**28)
+    timing = cost.Timing(1, 0.1, weights=2**20, checkpoint=2**30, peak=2**28, host=2**28)
     monkeypatch.setattr(
-        cost, "measure", lambda jobs, parallel, cache: {job.run: timing for job in jobs}
+        cost, "measure", lambda jobs, parallel, cache: ({job.run: timing for job in jobs}, {})
     )
     monkeypatch.setattr(running, "run", lambda *args: pytest.fail("a run was begun"))
     usage = namedtuple("usage", "total used free")
@@ -159,16 +301,87 @@ def test_nothing_begins_where_there_is_no_room(
         session.go(tmp_path / "data", dry=False, retry=False)
 
 
+def test_a_full_disk_stops_nothing_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run fails as it is timed; the others end, and cannot be written down at first."""
+    monkeypatch.chdir(tmp_path)
+    compose_digits(tmp_path / "data", train_images=2, val_images=1, size=64)
+    timing = cost.Timing(1, 0.1, weights=1, checkpoint=1, peak=1, host=1)
+
+    def measure(jobs: list[Job], parallel: int, cache: Path) -> Any:
+        runs = list(dict.fromkeys(job.run for job in jobs))
+        return dict.fromkeys(runs[1:], timing), {runs[0]: "ValueError: [/no]"}
+
+    def run(every: list[Job], parallel: int, on_end: Any) -> None:
+        for job in every:
+            job.folder.mkdir(parents=True)
+            record = job.record("finished", epochs=[{"epoch": 1, "AP": 0.4}])
+            jobs.write(job.result, record)
+            on_end(job, record)
+
+    monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(running, "run", run)
+    monkeypatch.setattr(__main__, "show", lambda *arguments: None)
+    data = replace(PRESETS["smoke"].data, kind="folder")
+    size = replace(PRESETS["smoke"], data=data, teaching=0)
+    session = Session(size, 2, tmp_path, tmp_path / "work", wide_console())
+    with monkeypatch.context() as patch:
+        patch.setattr(__main__, "append", no_room)
+        session.go(tmp_path / "data", dry=False, retry=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ValueError: [/no]" in said and "8 of 8" in said
+    assert "claims-smoke.jsonl could not be written ([Errno 28]" in said
+    assert not (tmp_path / "claims-smoke.jsonl").exists()
+    session.go(tmp_path / "data", dry=True, retry=False)
+    assert "8 of them done, 2 to do" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(running, "run", lambda *arguments: pytest.fail("done twice"))
+    session.go(tmp_path / "data", dry=False, retry=False)
+    records, _ = read(tmp_path / "claims-smoke.jsonl")
+    assert [record.finished for record in records] == [True] * 8 + [False] * 2
+    assert records[-1].reason == "A few steps were to be timed. ValueError: [/no]"
+
+
+def test_an_arm_that_cannot_be_timed_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "time_one", fake_runs.time_one)
+    every = [make_job(tmp_path, arm) for arm in ("killed", "fails", "fine")]
+    timings, reasons = cost.measure(every, 3, tmp_path / "timings.json")
+    assert list(timings) == ["run of fine"] and timings["run of fine"].host == 4
+    assert "ended by signal 9" in reasons["run of killed"]
+    assert reasons["run of fails"].endswith("with 1: ValueError: it cannot be done")
+    monkeypatch.setattr(cost, "time_one", lambda job, path: pytest.fail("it is known"))
+    assert cost.measure(every[2:], 3, tmp_path / "timings.json") == (timings, {})
+
+
 def test_a_time_is_that_of_steps_evaluations_and_study(tmp_path: Path) -> None:
     job = make_job(tmp_path, "deqdet")
-    timing = cost.Timing(step=2.0, image=0.25, weights=10, checkpoint=100, peak=1)
+    timing = cost.Timing(2.0, 0.25, weights=10, checkpoint=100, peak=1, host=1)
     # 4 epochs of 3 steps, 2 evaluations of 10 images; 50 refinements of 25 of each of 10 images,
     # and 1200 of 4 images; 27 scorings of 10 images.
     expected = 12 * 2 + 2 * 10 * 0.25 + 0.01 * (50 * 10 + 1200 * 4) + 27 * 10 * cost.SCORING
     assert cost.minutes(job, timing) == pytest.approx(expected / 60)
+    half = expected - 6 * 2 - 10 * (0.25 + cost.SCORING)
+    assert cost.minutes(job, timing, done=6) == pytest.approx(half / 60)
+    assert cost.minutes(job, timing, done=12) < cost.minutes(job, timing, done=11)
     assert cost.wall([5.0, 3.0, 3.0, 2.0], 2) == 7.0
     timings = {job.run: timing}
     assert cost.disk_needed([job, job], timings, 2) == 2 * 10 + 2 * cost.KEPT * 100
+
+
+def test_a_run_to_resume_has_steps_done(tmp_path: Path) -> None:
+    job = make_job(tmp_path, "deqdet")
+    checkpoints = job.folder / "training" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with JsonLines(job.folder / "training" / "log.jsonl") as log:
+        for step in (1, 2, 3):
+            log.write({"step": step, "loss": 1.0})
+    assert job.steps_done() == 0  # there is no checkpoint
+    (checkpoints / "step_000002.training.pt").touch()
+    assert job.steps_done() == 3
+    (job.folder / "training" / "log.jsonl").write_text("{\n")
+    assert job.steps_done() == 0
 
 
 def test_data_is_told_by_its_annotations(tmp_path: Path) -> None:
@@ -200,7 +413,7 @@ def test_a_history_is_thinned_to_windows() -> None:
 
 def test_a_clock_goes_on_and_leaves_evaluations_out(tmp_path: Path) -> None:
     for _ in range(2):
-        clock = Clock(tmp_path / "steps.jsonl", os.getppid())
+        clock = Clock(tmp_path / "steps.jsonl")
         clock.write({"step": 1, "loss": 1.0})
         time.sleep(0.2)
         clock.write({"step": 1, "scores": {}})
@@ -211,10 +424,15 @@ def test_a_clock_goes_on_and_leaves_evaluations_out(tmp_path: Path) -> None:
     assert 0 < wall < 0.1 and 0 <= processor < 0.1
 
 
-def test_a_run_ends_when_nobody_waits_for_it(tmp_path: Path) -> None:
-    clock = Clock(tmp_path / "steps.jsonl", parent=-1)
-    with pytest.raises(SystemExit):
-        clock.write({"step": 1, "loss": 1.0})
+def test_a_clock_keeps_what_it_was_told_at_once(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "steps.jsonl")
+    wall, processor = clock.medians()
+    assert wall != wall and processor != processor  # NaN: no step was timed
+    clock.write({"step": 1, "loss": 1.0})
+    assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 1  # and it is not closed
+    with open(tmp_path / "steps.jsonl", "a") as file:
+        file.write('[9.0, 9.\n[9.0, 9.[8.0, 8.0]\n"x"\n3\n')  # as cut short
+    assert clock.medians()[0] < 1
     clock.close()
 
 
@@ -229,15 +447,49 @@ def test_a_run_ends_when_nobody_waits_for_it(tmp_path: Path) -> None:
         (["--jobs", "0"], "--jobs 0: at least 1"),
         (["--preset", "coco"], "give its folder, --data PATH"),
         (["--preset", "coco", "--data", "nowhere"], "no folder annotations/"),
+        (["--output", __file__], "cannot be written to"),
     ],
 )
 def test_bad_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "argv", ["claims", "--output", str(tmp_path), *arguments])
     with pytest.raises(SystemExit, match=said):
         main()
+
+
+def test_a_missing_gpu_is_told_of_before_anything_is_composed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["claims", "--output", str(tmp_path), "--preset", "gpu"])
+    with pytest.raises(SystemExit, match="needs a CUDA device, and there is none"):
+        main()
+    assert not (tmp_path / "data").exists()
+
+
+def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the smoke preset are not among what is kept."""
+    went = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(__main__, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(
+        Session, "go", lambda self, *arguments: went.update({self.size.name: self.path})
+    )
+    for name in ("smoke", "cpu"):
+        monkeypatch.setattr(sys, "argv", ["claims", "--preset", name])
+        main()
+    assert went["smoke"] == Path("runs") / "claims" / "smoke" / "claims-smoke.jsonl"
+    assert went["cpu"] == tmp_path / "results" / "claims-cpu.jsonl"
+
+
+def test_arms_that_a_claim_wants_and_a_preset_lacks_are_told_of() -> None:
+    (said,) = lacking(PRESETS["cpu"], ["rag", "rap"])
+    assert said.startswith("rag: the preset 'cpu' has no run of rag-1, so")
+    assert list(lacking(PRESETS["coco"], ["rag", "4c"])) == []
 
 
 def test_data_of_another_kind_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +505,6 @@ def test_data_of_another_kind_is_told_of(tmp_path: Path, monkeypatch: pytest.Mon
 def test_results_of_other_code_are_told_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks.claims.results import append
-
     job = make_job(tmp_path, "deqdet")
     append(tmp_path / "claims-smoke.jsonl", replace(job.record("finished"), code="older"))
     session = Session(PRESETS["smoke"], 2, tmp_path, tmp_path / "work", wide_console())
@@ -278,9 +528,6 @@ def command(folder: Path, *more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
-        # Who starts the tests in the background may have told them to ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -296,16 +543,29 @@ def until(true: Any, seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
+def test_ctrl_c_is_answered_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["claims"])
+    monkeypatch.setattr(Session, "go", stopped)
+    with pytest.raises(SystemExit, match=r"Stopped\. Finished runs are kept"):
+        main()
+
+
 @pytest.mark.slow
-def test_a_command_that_is_stopped_goes_on(tmp_path: Path) -> None:
-    """Ctrl-C where one run is finished and another has begun; then whoever is left is killed."""
+def test_a_command_that_is_killed_goes_on(tmp_path: Path) -> None:
+    """It is killed where one run is finished and another has begun, and called again at once."""
     first = command(tmp_path, "--only", "deqdet-rnndet")
     work = tmp_path / "runs" / "claims" / "smoke"
     until(lambda: lines(tmp_path) and len(list(work.glob("*/training/checkpoints/*.pt"))) >= 1)
-    os.killpg(first.pid, signal.SIGINT)
-    said = first.communicate(timeout=120)[0]
-    assert first.returncode == 1 and "Stopped. Finished runs are kept" in said
-    assert "Traceback" not in said
+    first.kill()
+    first.wait()
+    assert first.stdout is not None
+    first.stdout.close()
     kept = lines(tmp_path)
     second = command(tmp_path, "--only", "deqdet-rnndet")
     said = second.communicate(timeout=600)[0]
