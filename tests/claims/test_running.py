@@ -587,7 +587,10 @@ def test_the_smoke_preset_from_nothing_to_the_tables(tmp_path: Path) -> None:
     assert process.returncode == 0, said
     records, _ = read(tmp_path / "claims-smoke.jsonl")
     assert len(records) == 10 and all(record.finished for record in records)
+    (backbone,) = {record.backbone for record in records}
+    assert len(backbone) == 64
     for record in records:
+        assert record.place == "cpu" and record.commit[:40] == jobs.commit()[:40]
         assert [epoch["epoch"] for epoch in record.epochs] == [1, 2]
         assert record.step_seconds > 0 and record.memory["train"] > record.memory["inference"] > 0
         assert record.history["step"] == list(range(1, 9))
