@@ -49,7 +49,7 @@ class Record:
         memory: bytes at the peak of a training step (``train``) and of the inference of one image
             (``inference``), weights and states of the optimiser included.
         rates: images a second at inference, by refinements: the median of some images of one size,
-            or the fastest where there is no ``commit``.
+            or the fastest where there is no ``place``.
         inference: see `benchmarks.claims.inference`.
     """
 
