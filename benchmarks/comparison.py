@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import put
+from benchmarks.pages import put, table
 
 NORMS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 """Contractions that the page shows, of those that were measured."""
@@ -81,15 +81,10 @@ def written(text: str, folder: Path) -> str:
     """The page as the results in ``folder`` have it."""
     for name, rows in TABLES.items():
         found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["results"]
-        text = put(text, name, _markdown(list(rows(found))))
+        text = put(text, name, _shown(list(rows(found))))
     return text
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *others = rows
-    rule = ["---", *("---:" if _is_number(cell) else "---" for cell in others[0][1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *others))
-
-
-def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell == "–"
+def _shown(rows: Sequence[Sequence[str]]) -> str:
+    numbers = [i for i, cell in enumerate(rows[1]) if i and (cell == "–" or cell[0].isdigit())]
+    return table(rows, right=numbers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+
 BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
 
 
@@ -30,3 +32,15 @@ def between(text: str, name: str) -> str:
         'new'
     """
     return text.split(BEGIN.format(name))[1].split(END.format(name))[0].strip()
+
+
+def table(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+    r"""A table in Markdown; the first row is its head, and columns ``right`` are set to the right.
+
+    Example:
+        >>> table([("solver", "steps"), ("Naive", "7")], right=(1,))
+        '| solver | steps |\n| --- | ---: |\n| Naive | 7 |'
+    """
+    head, *others = rows
+    rule = ["---:" if i in right else "---" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *others))

@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks import training_step
 from benchmarks.comparison import written
 from benchmarks.measure import GOAL_COLUMNS, Goal, output_folder
-from benchmarks.pages import put
+from benchmarks.pages import put, table
 
 ROOT = Path(__file__).parents[1]
 FIGURES = "figures of the benchmarks"
@@ -77,21 +77,20 @@ def _printed(module: ModuleType, written: dict[str, Any]) -> str:
 
 def goals_in_markdown(goals: Sequence[Goal]) -> str:
     """A table with a row for each goal."""
-    rows = [GOAL_COLUMNS, ("---",) * len(GOAL_COLUMNS), *(goal.cells() for goal in goals)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table([GOAL_COLUMNS, *(goal.cells() for goal in goals)])
 
 
-def headlines(folder: Path) -> list[str]:
-    """Lines of the table in the project's README: figures of the CPU, whatever a GPU gave."""
+def headlines(folder: Path) -> str:
+    """The table in the project's README: figures of the CPU, whatever a GPU gave."""
 
     def results(name: str) -> Any:
         written = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         return written["results"]
 
-    lines = ["| | ours | beside it |", "| --- | --- | --- |"]
+    rows = [("", "ours", "beside it")]
 
     def add(what: str, ours: str, beside: str) -> None:
-        lines.append(f"| {what} | {ours} | {beside} |")
+        rows.append((what, ours, beside))
 
     memory = results("gradient_memory")
     call = memory["one_call"][0]
@@ -130,8 +129,8 @@ def headlines(folder: Path) -> list[str]:
             f"{times[name]['median']:.1f} ms ({times[name]['ratio']:.2f}×)",
             f"{times['plain']['median']:.1f} ms: plain operators",
         )
-    rows = (training_step.Measured(**row) for row in results("training_step")["steps"])
-    steps = {row.detector: row for row in rows}
+    measured = (training_step.Measured(**row) for row in results("training_step")["steps"])
+    steps = {row.detector: row for row in measured}
     for what, of in (
         ("training step, ResNet-50, batch 2, 800×1344", lambda name: f"{steps[name].total:.1f} s"),
         (
@@ -147,7 +146,7 @@ def headlines(folder: Path) -> list[str]:
         f"{auto['steps']:.1f}, AP {100 * auto['AP']:.1f}",
         f"25, AP {100 * full['AP']:.1f}",
     )
-    return lines
+    return table(rows)
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -170,7 +169,7 @@ def main() -> None:
 
 
 def _with_headlines(text: str, folder: Path) -> str:
-    return put(text, FIGURES, "\n".join(headlines(folder)))
+    return put(text, FIGURES, headlines(folder))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from benchmarks import (
     measure,
     mixed_batches,
     overhead,
+    pages,
     refinement,
     report,
     robustness,
@@ -613,6 +614,11 @@ def test_ceilings_are_timed_for_long_enough(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(timed) == 2 and min(timed) >= 0.2
     assert found.flops == pytest.approx(2 * 8**3 / 0.001)
     assert found.bytes == pytest.approx(2 * 2**10 / 0.001)
+
+
+def test_a_page_without_its_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="has not the marks"):
+        pages.put("text", "a table", "content")
 
 
 def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

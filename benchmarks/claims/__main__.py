@@ -24,6 +24,7 @@ from benchmarks.claims import cost, limits, running
 from benchmarks.claims.arms import Arm
 from benchmarks.claims.backbone import prepare_backbone
 from benchmarks.claims.data import describe
+from benchmarks.claims.former import as_now
 from benchmarks.claims.grid import COMPARISONS
 from benchmarks.claims.jobs import Job, left_behind
 from benchmarks.claims.plots import draw
@@ -104,9 +105,10 @@ class Session:
 
     def records(self, every: Sequence[Job], tell: bool = True) -> list[Record]:
         """The results that count; what is damaged or of another version is told."""
-        records, told = read(self.path)
+        read_now, told = read(self.path)
         for text in told:
             self.say(text)
+        records = [as_now(record, self.size) for record in read_now]
         version = every[0].code, every[0].data["digest"]
         counting, others = of_version(records, version, self.any_version)
         if others and tell:
@@ -114,6 +116,11 @@ class Session:
             self.console.print(
                 f"{others} result{'s are' if others > 1 else ' is'} of other code or data (this "
                 f"is {version[0]} on {version[1]}): {taken} and marks them."
+            )
+        if tell and (count := sum("code" in record.versions for record in counting)):
+            self.console.print(
+                f"{count} result{'s are' if count > 1 else ' is'} of former code that trains to "
+                "the same bits (benchmarks.claims.former), and counted."
             )
         return counting
 
@@ -311,7 +318,7 @@ def show(records: Sequence[Record], folder: Path, name: str, console: Console) -
     """Print the tables and draw the plots of what there is."""
     found = by_arm(records)
     failed = [record for record in latest(records).values() if not record.finished]
-    for sheet in (*sheets(found), *studies(found), failures(failed)):
+    for sheet in (*sheets(found, failed), *studies(found), failures(failed)):
         if sheet.rows:
             console.print(sheet.rich())
     if found:

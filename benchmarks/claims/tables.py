@@ -21,6 +21,7 @@ from benchmarks.claims.statistics import (
     difference,
     verdict,
 )
+from benchmarks.pages import table
 
 Found = Mapping[str, Mapping[int, Record]]
 """Finished records by arm and seed."""
@@ -46,7 +47,7 @@ class Sheet:
 
     def rich(self) -> Table:
         """For the terminal."""
-        table = Table(
+        shown = Table(
             title=self.title,
             title_justify="left",
             title_style="bold",
@@ -54,17 +55,15 @@ class Sheet:
             caption_justify="left",
         )
         for n, heading in enumerate(self.head):
-            table.add_column(heading, justify="right" if n and not _is_words(heading) else "left")
+            shown.add_column(heading, justify="right" if n and not _is_words(heading) else "left")
         for row in self.rows:
-            table.add_row(*row)
-        return table
+            shown.add_row(*row)
+        return shown
 
     def markdown(self) -> str:
         """For the page."""
-        lines = [self.head, tuple("---" for _ in self.head), *self.rows]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        below = f"\n\n{self.note}" if self.note else ""
-        return f"**{self.title}**\n\n{body}{below}"
+        parts = (f"**{self.title}**", table([self.head, *self.rows]), self.note)
+        return "\n\n".join(part for part in parts if part)
 
 
 def _is_words(heading: str) -> bool:
@@ -309,7 +308,7 @@ def _costs(row: Row, records: Sequence[Record], said: Costs | None) -> tuple[str
 
 def minutes_of(record: Record) -> float:
     """Of training: of the processor where one thread did it, and otherwise on the wall."""
-    if record.threads == 1 and "NVIDIA" not in record.device and record.step_seconds > 0:
+    if record.threads == 1 and record.place != "cuda" and record.step_seconds > 0:
         return record.training_minutes / record.step_seconds * record.step_processor_seconds
     return record.training_minutes
 

@@ -3,7 +3,7 @@
 Handwritten digits (scikit-learn), printed letters (the fonts of Matplotlib), ancient coins and
 faces (both cut out of photographs of scikit-image) lie on photographs and partly cover each
 other; `detection.data.materials` names the sources and licences.  Nothing is downloaded.
-Training and validation share no handwriting, no type face, no coin, no face and no photograph.
+Training and validation share no handwritten digit, type face, coin, face or photograph.
 """
 
 from __future__ import annotations

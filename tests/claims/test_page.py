@@ -309,12 +309,9 @@ def test_the_page_is_that_of_the_results(tmp_path: Path, records: list[Record]) 
     assert "*Not measured yet.*" in page.written(made, tmp_path / "empty")
 
 
-def test_a_page_without_marks_is_refused() -> None:
-    with pytest.raises(ValueError, match="has not the marks"):
-        page.put("text", "cpu", "content")
-
-
 def test_the_page_in_the_documentation_is_up_to_date() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.written(text, page.RESULTS) == text, "python -m benchmarks.claims.page"
-    assert all(page.BEGIN.format(name) in text for name in ("cpu", "gpu", "coco"))
+    assert page.presets_of(text) == ["cpu", "gpu", "coco"]
+    readme = page.README.read_text(encoding="utf-8")
+    assert page.with_verdicts(readme, page.RESULTS) == readme, "python -m benchmarks.claims.page"
