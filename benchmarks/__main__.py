@@ -2,6 +2,9 @@
 
     python -m benchmarks
 
+Behind it may stand the names of those that are to be measured anew, ``gradient_memory`` for one:
+the others keep what they found, and the minutes that they took.
+
 Each is a command of its own, told and timed here.  What they print and measure goes to
 ``benchmarks/results/`` (or ``--output``), and from there into ``benchmarks/README.md``.  Two are
 not among them, for they need trained detectors: `benchmarks.claims` takes hours and has a page of
@@ -10,13 +13,23 @@ its own (``docs/claims.md``), and `benchmarks.steps` needs the run of the main j
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.measure import Goal, device, goals_table, output_folder, wide_console, write_results
+from benchmarks.measure import (
+    Goal,
+    argument_parser,
+    device,
+    goals_table,
+    stem,
+    wide_console,
+    write_results,
+)
 
 COMMANDS = (
     "robustness",
@@ -48,11 +61,26 @@ def goals(minutes: dict[str, float]) -> list[Goal]:
     return [Goal("minutes in all", sum(minutes.values()), most=GOAL)]
 
 
+def _former(folder: Path) -> dict[str, float]:
+    """Minutes that the commands took when they were last run."""
+    path = folder / f"{stem('__main__', device())}.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {name: minutes for name, minutes in found.items() if name in COMMANDS}
+
+
 def main() -> None:
     """Run them; stop at the first that fails."""
-    folder, console = output_folder(__doc__), wide_console()
-    minutes: dict[str, float] = {}
-    for name in COMMANDS:
+    parser = argument_parser(__doc__)
+    parser.add_argument("commands", nargs="*", metavar="NAME", help=", ".join(COMMANDS))
+    given = parser.parse_args()
+    if unknown := [name for name in given.commands if name not in COMMANDS]:
+        parser.error(f"there is no {' or '.join(unknown)}; known: {', '.join(COMMANDS)}.")
+    folder, console = given.output, wide_console()
+    folder.mkdir(parents=True, exist_ok=True)
+    minutes = _former(folder) if given.commands else {}
+    for name in given.commands or COMMANDS:
         console.rule(f"python -m benchmarks.{name}")
         began = time.perf_counter()
         command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(folder)]

@@ -695,6 +695,15 @@ def test_all_commands_are_timed_and_the_page_is_written(
     assert "## `python -m benchmarks`\n" in page and "minutes in all | ≤ 15" in page
     assert page.count("## `python -m benchmarks.") == 2
 
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "mixed_batches", "--output", str(folder)])
+    everything.main()
+    again = json.loads((folder / "__main__.json").read_text(encoding="utf-8"))["results"]
+    assert again["gradient_error"] == written["gradient_error"]
+    assert again["mixed_batches"] != written["mixed_batches"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "mixed"])
+    with pytest.raises(SystemExit):
+        everything.main()
+
 
 def test_the_page_in_the_repository_is_that_of_its_results() -> None:
     """Every result has its section, and what it printed is there to the letter."""
