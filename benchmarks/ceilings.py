@@ -1,8 +1,10 @@
 """What the hardware can do at most, measured; and the least time that some work takes on it.
 
-A product of matrices cannot be faster than the fastest one, nor can weights be read faster than
-memory is copied.  So the larger of flops over measured flops per second and bytes over measured
-bytes per second is a floor, which a program reaches that does nothing else and does both at once.
+A product of matrices cannot be faster than the fastest one, nor can weights be read from memory
+faster than memory is copied.  So the larger of flops over measured flops per second and bytes over
+measured bytes per second is a floor, which a program reaches that does nothing else and does both
+at once.  Weights that stay in a cache between their uses can be read faster: on a GPU whose cache
+holds those of a refinement (37 MB in bfloat16) the part of the bytes is an estimate, and no floor.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class Problem:
     Attributes:
         layer: in evaluation mode, with random weights everywhere.
         queries: with boxes of all sizes all over the image.
-        features: maps ``(B, 256, H/s, W/s)`` as a neck would give them, channels second.
-        prepared: the same as the detector hands them to its decoder at inference.
+        features: maps ``(B, 256, H/s, W/s)``, channels second.
+        prepared: the same as the detector hands them to its decoder at inference, channels last.
         trained_on: and in training.
     """
 
@@ -35,6 +35,10 @@ class Problem:
     features: Sequence[Tensor]
     prepared: Sequence[Tensor]
     trained_on: Sequence[Tensor]
+
+    def maps_of_a_neck(self) -> list[Tensor]:
+        """Those of training, as leaves that want a gradient: a neck would hand theirs on."""
+        return [maps.detach().requires_grad_() for maps in self.trained_on]
 
     @property
     def outside(self) -> list[Tensor]:
@@ -53,7 +57,9 @@ def full_size(
 ) -> Problem:
     """A layer of 256 channels, an image's features and queries; the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    layer = RefinementLayer(LayerConfig(points=points)).eval()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        layer = RefinementLayer(LayerConfig(points=points)).eval()
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02, generator=generator)

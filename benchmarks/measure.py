@@ -21,7 +21,7 @@ from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 from weakref import finalize
 
 import torch
@@ -32,6 +32,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class SavedBytes:
@@ -188,10 +191,30 @@ def by_turns(
 ) -> list[list[float]]:
     """Seconds of each run, shortest first; all take turns, and the first turns do not count.
 
-    A machine that slows down so slows down all of them.
+    A machine that slows down so slows down all of them.  Each turn begins with another run.
     """
-    rounds = [[seconds(run) for run in runs] for _ in range(uncounted + repeats)]
-    return [sorted(times) for times in zip(*rounds[uncounted:], strict=True)]
+    turns = in_turns(runs, uncounted + repeats, seconds)
+    return [sorted(times) for times in zip(*turns[uncounted:], strict=True)]
+
+
+def in_turns(runs: Sequence[T], turns: int, measure: Callable[[T], R]) -> list[list[R]]:
+    """What ``measure`` gives of each run, turn by turn; each turn begins with another run.
+
+    What comes after something large meets other caches and clocks: so all come after each.
+
+    Example:
+        >>> order = []
+        >>> in_turns(["a", "b"], 2, lambda run: order.append(run) or run)
+        [['a', 'b'], ['a', 'b']]
+        >>> order
+        ['a', 'b', 'b', 'a']
+    """
+    rounds = []
+    for turn in range(turns):
+        order = [(turn + i) % len(runs) for i in range(len(runs))]
+        found = {i: measure(runs[i]) for i in order}
+        rounds.append([found[i] for i in range(len(runs))])
+    return rounds
 
 
 def p95(times: Sequence[float]) -> float:

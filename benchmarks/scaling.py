@@ -5,9 +5,11 @@
 From 100 queries, 32 points, an image of 800×1344, batch 1 and T = 25 one of these is changed at a
 time.  Time is that of the whole path in inference mode (median, the device's work included);
 memory is the peak of forward and backward pass of one supervised position with RAG(2) at the end
-of it (`benchmarks.measure.peak_bytes`).  The exponent ``p`` of ``cost ∝ size^p`` is the slope of a
-least-squares line through the logarithms.  Feature maps have the layout in which the detector hands
-them to its decoder, at inference and in training.
+of it (`benchmarks.measure.peak_bytes`), gradients of the weights and of the feature maps included.
+It is the refinement alone, without backbone and neck: of the image only the maps grow.  The
+exponent ``p`` of ``cost ∝ size^p`` is the slope of a least-squares line through the logarithms.
+Feature maps have the layout in which the detector hands them to its decoder, at inference and in
+training.
 """
 
 from __future__ import annotations
@@ -103,6 +105,8 @@ def _solver(problem: Problem, steps: int) -> Callable[[], object]:
 
 
 def _training(problem: Problem, steps: int) -> Callable[[], object]:
+    maps = problem.maps_of_a_neck()
+
     def train() -> None:
         supervision = implicit.supervise(
             problem.layer,
@@ -110,11 +114,13 @@ def _training(problem: Problem, steps: int) -> Callable[[], object]:
             lambda y, _: y.content.square().mean() + y.boxes.mean(),
             at=(steps,),
             gradient=implicit.RAG(2),
-            args=(problem.trained_on,),
+            args=(maps,),
             parameters=problem.layer.parameters(),
         )
         supervision.loss.backward()
         problem.layer.zero_grad()
+        for feature in maps:
+            feature.grad = None
 
     return train
 

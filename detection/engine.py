@@ -22,6 +22,8 @@ from detection.decoder.sparse_rcnn import SparseRCNNLayer
 from detection.models.decoders import EquilibriumDecoder, Output
 from detection.models.detector import Detector
 from detection.narrowing import narrowed
+from implicit import Best, NewtonKrylov
+from implicit.solvers import WholeSolver
 
 
 class Engine:
@@ -33,8 +35,8 @@ class Engine:
     ``dtype``, as under autocast, and their weights are cast once, at the beginning
     (`detection.narrowing`); boxes, and the logarithms of their overlaps, stay in float32.  Calls
     wait for each other, and belong on one stream.  Elsewhere than on a GPU nothing is recorded, and
-    neither is Sparse R-CNN's layer, which waits for the device: the model then runs as it does
-    without an engine.
+    neither is what waits for the device, Sparse R-CNN's layer or a solver such as
+    `implicit.NewtonKrylov`: the model then runs as it does without an engine.
 
     Args:
         model: on the device where it is to run; put in evaluation mode, and otherwise left alone.
@@ -98,10 +100,14 @@ class Engine:
 
     @property
     def _records(self) -> bool:
-        return self._can_record and self._device.type == "cuda"
+        return (
+            self._can_record
+            and self._device.type == "cuda"
+            and not _waits(getattr(self._config, "eval_solver", None))
+        )
 
     def _replay(self, images: Tensor, sizes: Tensor) -> Output:
-        key = images.shape, images.dtype, self._config
+        key = images.shape, images.dtype, sizes.dtype, self._config
         if key not in self._recorded:
             while len(self._recorded) >= self.most_shapes:
                 self._recorded.popitem(last=False)  # before, so that its memory can be used
@@ -126,3 +132,9 @@ class Engine:
         if self.dtype == torch.float32:  # also where the caller is under autocast
             return torch.autocast(device, enabled=False)
         return torch.autocast(device, self.dtype)
+
+
+def _waits(solver: Any) -> bool:
+    """Whether a solver reads what the device has found, at every step or in a loop of its own."""
+    inner = solver.solver if isinstance(solver, Best) else solver
+    return isinstance(inner, (NewtonKrylov, WholeSolver))

@@ -16,8 +16,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
-"""Operators whose result, or its size, the host must wait for."""
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "unique",
+    "_linalg_check_errors",
+)
+"""Operators whose result, or its size, the host must wait for; a copy to the host is not seen."""
 
 
 class Graph(TorchDispatchMode):

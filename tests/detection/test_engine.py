@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import fake_cuda
 import pytest
 import recorded_graphs
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit
@@ -21,6 +21,15 @@ from detection.models.config import BackboneConfig, EquilibriumConfig, ModelConf
 from detection.models.decoders import Output
 from detection.models.detector import Detector
 from detection.recipes import recipe
+from implicit.stopping import Stop
+
+
+@dataclass(frozen=True)
+class Foreign(implicit.WholeSolver):
+    """A solver with a loop of its own."""
+
+    def run(self, f: Callable[[Tensor], Tensor], y0: Tensor, stop: Stop) -> Tensor:
+        return f(y0)
 
 
 def model() -> Detector:
@@ -155,6 +164,20 @@ def test_it_is_sparse_rcnn_under_autocast_but_for_rounding() -> None:
     found, wanted = in_both_ways("small", SparseRCNNLayerConfig(), torch.bfloat16)
     torch.testing.assert_close(found.logits, wanted.logits, rtol=0.02, atol=0.02)
     torch.testing.assert_close(found.boxes, wanted.boxes, rtol=0.02, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    "solver", [implicit.NewtonKrylov(), implicit.Best(implicit.NewtonKrylov()), Foreign()], ids=repr
+)
+def test_a_solver_that_waits_is_not_recorded(
+    solver: implicit.Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model(), dtype=torch.float32)
+    monkeypatch.setattr(Engine, "_device", torch.device("cuda"))
+    assert engine._records
+    decoder = engine.model.decoder
+    decoder.config = replace(decoder.config, eval_solver=solver)
+    assert not engine._records
 
 
 def test_what_becomes_of_the_model_is_not_seen() -> None:
