@@ -244,8 +244,8 @@ class Measured:
     peak: int
     waits: int
     held: int
-    lowest: float
-    highest: float
+    lowest: float | None = None
+    highest: float | None = None
     whole: float | None = None
 
     @property
@@ -364,6 +364,12 @@ def goals(results: dict[str, Any]) -> list[Goal]:
     ]
 
 
+def _between(lowest: float | None, highest: float | None) -> str:
+    if lowest is None or highest is None:  # not written down before
+        return "–"
+    return f"{three_digits(lowest)} to {three_digits(highest)}"
+
+
 def tables(results: dict[str, Any]) -> tuple[str | Table, ...]:
     """What is shown of the results that were written."""
     found = [Measured(**row) for row in results["steps"]]
@@ -375,7 +381,7 @@ def tables(results: dict[str, Any]) -> tuple[str | Table, ...]:
             row.detector,
             *(three_digits(row.seconds[part]) for part in PARTS),
             three_digits(row.total),
-            f"{three_digits(row.lowest)} to {three_digits(row.highest)}",
+            _between(row.lowest, row.highest),
             f"{row.total / first.total:.2f}",
             str(row.waits),
         )
