@@ -95,7 +95,7 @@ def headlines(folder: Path) -> str:
     memory = results("gradient_memory")
     call = memory["one_call"][0]
     add(
-        "kept by one refinement for its backward pass, 100 queries, 32 points",
+        "kept by one refinement, 100 queries, 32 points, its insides being made again",
         f"{call['ours'] / 2**20:.1f} MiB",
         f"{call['plain'] / 2**20:.1f} MiB: the same of torch's plain operators",
     )

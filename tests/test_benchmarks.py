@@ -347,21 +347,6 @@ def test_memory_of_a_small_layer_is_what_theory_says() -> None:
     assert flat[0].kept == flat[1].kept
 
 
-def test_memory_of_the_refinement_has_the_gradients_of_its_maps() -> None:
-    """And where one weight alone wants a gradient, neither these nor those of the weights."""
-    small = full_size(5, 4, image=(64, 96))
-    maps = small.maps_of_a_neck()
-    subject = gradient_memory.Subject(
-        "small", small.layer, small.queries, (maps,), lambda y: y.content.sum(), []
-    )
-    assert set(subject.wanting) == {*small.layer.parameters(), *maps}
-    weights = sum(weight.nbytes for weight in small.layer.parameters())
-    peak = measure.peak_bytes(lambda: gradient_memory.train(subject, implicit.JFB(), 1))
-    assert gradient_memory.frozen_peak(subject, implicit.JFB(), 1) < weights < peak
-    assert all(tensor.grad is None for tensor in subject.wanting)
-    assert set(subject.wanting) == {*small.layer.parameters(), *maps}
-
-
 def test_exponents_and_a_small_sweep() -> None:
     assert scaling.exponent([1, 10, 100], [5, 50, 500]) == pytest.approx(1)
     work = scaling.Work(queries=5, points=4, area=64 * 108, steps=2)
