@@ -36,10 +36,6 @@ class Problem:
     prepared: Sequence[Tensor]
     trained_on: Sequence[Tensor]
 
-    def maps_of_a_neck(self) -> list[Tensor]:
-        """Those of training, as leaves that want a gradient: a neck would hand theirs on."""
-        return [maps.detach().requires_grad_() for maps in self.trained_on]
-
     @property
     def outside(self) -> list[Tensor]:
         """What lives whatever is computed."""

@@ -5,8 +5,9 @@
 From 100 queries, 32 points, an image of 800×1344, batch 1 and T = 25 one of these is changed at a
 time.  Time is that of the whole path in inference mode (median, the device's work included);
 memory is the peak of forward and backward pass of one supervised position with RAG(2) at the end
-of it (`benchmarks.measure.peak_bytes`), gradients of the weights and of the feature maps included.
-It is the refinement alone, without backbone and neck: of the image only the maps grow.  The
+of it (`benchmarks.measure.peak_bytes`).  It is the refinement alone, without backbone and neck, and
+feature maps want no gradient here: so memory does not grow with the image, as that of training with
+a backbone does.  The
 exponent ``p`` of ``cost ∝ size^p`` is the slope of a least-squares line through the logarithms.
 Feature maps have the layout in which the detector hands them to its decoder, at inference and in
 training.
@@ -105,8 +106,6 @@ def _solver(problem: Problem, steps: int) -> Callable[[], object]:
 
 
 def _training(problem: Problem, steps: int) -> Callable[[], object]:
-    maps = problem.maps_of_a_neck()
-
     def train() -> None:
         supervision = implicit.supervise(
             problem.layer,
@@ -114,13 +113,11 @@ def _training(problem: Problem, steps: int) -> Callable[[], object]:
             lambda y, _: y.content.square().mean() + y.boxes.mean(),
             at=(steps,),
             gradient=implicit.RAG(2),
-            args=(maps,),
+            args=(problem.trained_on,),
             parameters=problem.layer.parameters(),
         )
         supervision.loss.backward()
         problem.layer.zero_grad()
-        for feature in maps:
-            feature.grad = None
 
     return train
 
