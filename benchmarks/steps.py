@@ -193,7 +193,17 @@ def goals(results: dict[str, Any]) -> list[Goal]:
                 f"chosen after the fact, are {enough / full.steps:.2f} of them."
             ),
         ),
-        Goal('AP that "auto" loses against 25 steps', full.AP - auto.AP, most=GOAL_AP),
+        Goal(
+            'AP that "auto" loses against 25 steps',
+            full.AP - auto.AP,
+            most=GOAL_AP,
+            reason=(
+                "The limits were chosen on the scenes, which need twice the refinements, and these "
+                "images are the test of them: here scores go on rising by less than the limit of "
+                "0.05 a step when an image is taken for settled. They were not moved for it; a "
+                "smaller `settled.score` buys the AP back, with steps."
+            ),
+        ),
         Goal("steps per frame, warm over cold", warm.steps / cold.steps, most=1),
         Goal(
             "flicker, warm over cold",
