@@ -309,8 +309,8 @@ def test_figures_have_three_digits_on_any_device() -> None:
         t for t in refinement.tables({**written["results"], "times": fast}) if isinstance(t, Table)
     )
     medians = [row["median"] for row in fast[:2]]
-    assert list(table.columns[2].cells)[:2] == [f"{median:.3g}" for median in medians]
-    assert max(medians) < 0.1
+    shown = [float(str(cell)) for cell in list(table.columns[2].cells)[:2]]
+    assert max(medians) < 0.1 and shown == pytest.approx(medians, rel=5e-3)
     cost = scaling.Cost("steps", 5, 0.01234, 2**20)
     _, table = scaling.tables([asdict(replace(cost, size=n)) for n in (5, 10)])
     assert isinstance(table, Table) and list(table.columns[2].cells) == ["0.0123"] * 2
@@ -427,7 +427,7 @@ def test_refinement_prints_and_writes(
     small_everywhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = main_of("refinement", refinement.main, tmp_path, monkeypatch)
-    assert len(written["times"]) == 5
+    assert len(written["times"]) == 6
     work = ceilings.Work.of(full_size(5, 4, image=(64, 96)), torch.float32)
     floor = 1e3 * max(work.flops, work.bytes) / 1e9
     assert written["apart"]["5/4"]["floor"] == pytest.approx(floor)
