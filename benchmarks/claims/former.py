@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks.claims.presets import Preset
+from benchmarks.claims.presets import Preset, with_backbone
 from benchmarks.claims.results import Record
 from benchmarks.claims.versions import fingerprint
 from detection.configuration import ConfigurationError, from_json
@@ -62,7 +62,5 @@ def _run_now(record: Record, preset: Preset) -> str:
     except ConfigurationError:
         return record.run
     if preset.teaching:  # then the weights are those that every run of the preset begins from
-        made = replace(
-            made, model=replace(made.model, backbone=replace(made.model.backbone, weights=""))
-        )
+        made = with_backbone(made, "")
     return preset.identity(made)

@@ -209,6 +209,12 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def with_backbone(made: Recipe, weights: str) -> Recipe:
+    """The recipe, beginning from other weights of the backbone."""
+    backbone = replace(made.model.backbone, weights=weights)
+    return replace(made, model=replace(made.model, backbone=backbone))
+
+
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

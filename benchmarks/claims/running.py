@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.jobs import Job, execute, left_behind, on_card
-from benchmarks.claims.presets import Preset, cores
+from benchmarks.claims.presets import Preset, cores, with_backbone
 from benchmarks.claims.processes import beside, started
 from benchmarks.claims.results import Record, latest
-from detection.training.recipe import Recipe
 
 
 def jobs_of(
@@ -42,12 +41,6 @@ def jobs_of(
     ]
 
 
-def with_backbone(made: Recipe, weights: str) -> Recipe:
-    """The recipe, beginning from other weights of the backbone."""
-    backbone = replace(made.model.backbone, weights=weights)
-    return replace(made, model=replace(made.model, backbone=backbone))
-
-
 def remaining(jobs: Sequence[Job], records: Iterable[Record], retry: bool) -> list[Job]:
     """The jobs without a result; with one that failed only to ``retry``."""
     known = latest(records)
@@ -64,19 +57,12 @@ def run(jobs: Sequence[Job], parallel: int, on_end: Callable[[Job, Record], None
 
     Ctrl-C ends those that go on; they continue from their checkpoints another time.
     """
-    waiting = []
-    for job in jobs:
-        found = left_behind(job)
-        if found is None:
-            waiting.append(job)
-        else:
-            on_end(job, found)
 
     def ended(job: Job, code: int) -> None:
         reason = ending(code, job.folder / "output.txt")
         on_end(job, left_behind(job) or job.record("failed", reason=reason))
 
-    beside(waiting, parallel, lambda job, place: started(execute, on_card(job, place)), ended)
+    beside(jobs, parallel, lambda job, place: started(execute, on_card(job, place)), ended)
 
 
 def forget(job: Job) -> None:

@@ -176,13 +176,18 @@ def _signed(estimate: Estimate) -> str:
     return text if math.isinf(estimate.half) else f"{text} ± {estimate.half:.1f}"
 
 
+def measured(found: Found, comparison: Comparison) -> list[Row]:
+    """The rows of a table that were measured; none of a lone arm, which is no comparison."""
+    rows = [row for row in comparison.rows if ap_of(found, row)]
+    return rows if len({row.arm for row in rows}) > 1 else []
+
+
 def compared(found: Found, comparison: Comparison, failed: Sequence[Record] = ()) -> Sheet | None:
     """A table of the paper, with what was measured beside its figures; `None` of a lone row.
 
     A row with results of another version than the newest is marked by a star.
     """
-    measured = [row for row in comparison.rows if ap_of(found, row)]
-    if len({row.arm for row in measured}) < 2:
+    if not measured(found, comparison):
         return None
     version = newest(found)
     rows = []
@@ -260,14 +265,11 @@ def record_figures(record: Record, refinements: int | None) -> dict[str, Any]:
     return next((dict(p) for p in points if (p["kind"], p["setting"]) == wanted), {})
 
 
-def costs(found: Found, comparison: Comparison) -> Sheet | None:
-    """What the rows of a table cost, beside what the paper says they do; `None` of a lone row."""
-    measured = [row for row in comparison.rows if ap_of(found, row)]
-    if len({row.arm for row in measured}) < 2:
-        return None
+def costs(found: Found, comparison: Comparison) -> Sheet:
+    """What the rows of a table cost, beside what the paper says they do."""
     version = newest(found)
     rows = []
-    for row in measured:
+    for row in measured(found, comparison):
         records = list(found[row.arm.name].values())
         said = row.printed.costs if row.printed else None
         rows.append((marked(row.label, records, version), *_costs(row, records, said)))

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.claims import backbone
 from benchmarks.claims.backbone import SIDE, Classifier, cut_out, fit, prepare_backbone
-from benchmarks.claims.presets import PRESETS
-from benchmarks.claims.running import with_backbone
+from benchmarks.claims.presets import PRESETS, with_backbone
 from detection.data import compose_digits, eval_transform, load_coco_folder
 from detection.models.backbones import build_backbone
 from detection.models.detector import Detector
