@@ -24,16 +24,6 @@ def put(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
 
 
-def between(text: str, name: str) -> str:
-    """What stands between the marks called ``name``.
-
-    Example:
-        >>> between(put("<!-- x --><!-- end of x -->", "x", "new"), "x")
-        'new'
-    """
-    return text.split(BEGIN.format(name))[1].split(END.format(name))[0].strip()
-
-
 def table(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
     r"""A table in Markdown; the first row is its head, and columns ``right`` are set to the right.
 

@@ -167,12 +167,13 @@ def main() -> None:
     page = folder.parent / "README.md"
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     if folder.resolve() == ROOT / "benchmarks" / "results":
-        for name, write in (("README.md", _with_headlines), ("docs/comparison.md", written)):
+        for name, write in (("README.md", with_headlines), ("docs/comparison.md", written)):
             text = write((ROOT / name).read_text(encoding="utf-8"), folder)
             (ROOT / name).write_text(text, encoding="utf-8")
 
 
-def _with_headlines(text: str, folder: Path) -> str:
+def with_headlines(text: str, folder: Path) -> str:
+    """The project's README as the results in ``folder`` have it."""
     return put(text, FIGURES, headlines(folder))
 
 

@@ -7,10 +7,9 @@ time.  Time is that of the whole path in inference mode (median, the device's wo
 memory is the peak of forward and backward pass of one supervised position with RAG(2) at the end
 of it (`benchmarks.measure.peak_bytes`).  It is the refinement alone, without backbone and neck, and
 feature maps want no gradient here: so memory does not grow with the image, as that of training with
-a backbone does.  The
-exponent ``p`` of ``cost ∝ size^p`` is the slope of a least-squares line through the logarithms.
-Feature maps have the layout in which the detector hands them to its decoder, at inference and in
-training.
+a backbone does.  The exponent ``p`` of ``cost ∝ size^p`` is the slope of a least-squares line
+through the logarithms.  Feature maps have the layout in which the detector hands them to its
+decoder, at inference and in training.
 """
 
 from __future__ import annotations

@@ -409,8 +409,9 @@ def tables(results: dict[str, Any]) -> tuple[str | Table, ...]:
             f"{memory / ours.memory:.2f}",
         )
     least = three_digits(results["without_decoder"] / 2**30)
+    before = " Of two turns, each begun with AdaMixer." if first.lowest is None else ""
     return (
-        f"A training step, ResNet-50, batch {BATCH}, 800×1344.",
+        f"A training step, ResNet-50, batch {BATCH}, 800×1344.{before}",
         times,
         f"data: {three_digits(results['data'])} s.",
         memories,
