@@ -243,9 +243,9 @@ class Measured:
     seconds: dict[str, float]
     peak: int
     waits: int
-    held: int | None = None
-    lowest: float | None = None
-    highest: float | None = None
+    held: int
+    lowest: float
+    highest: float
     whole: float | None = None
 
     @property
@@ -255,13 +255,8 @@ class Measured:
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak of the step, with all that is held.
-
-        Results from before ``held`` was written down are of the same configuration, of which it
-        follows.
-        """
-        held = held_bytes(DETECTORS[self.detector]) if self.held is None else self.held
-        return held + self.peak
+        """Bytes at the peak of the step, with all that is held."""
+        return self.held + self.peak
 
 
 def measure(steps: dict[str, Step], repeats: int) -> list[Measured]:
@@ -342,7 +337,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             "memory of a step over AdaMixer's, weights and AdamW's state included",
             ours.memory / stacked.memory,
             most=GOAL_MEMORY,
-            floor=(least + ours.memory - ours.peak) / stacked.memory,
+            floor=(least + ours.held) / stacked.memory,
             reason=(
                 "Weights and moments of two layers in place of six are what is saved. The "
                 "activations of the backbone, which both have, are most of the rest, and a layer "
@@ -369,12 +364,6 @@ def goals(results: dict[str, Any]) -> list[Goal]:
     ]
 
 
-def _between(lowest: float | None, highest: float | None) -> str:
-    if lowest is None or highest is None:  # not written down before
-        return "–"
-    return f"{three_digits(lowest)} to {three_digits(highest)}"
-
-
 def tables(results: dict[str, Any]) -> tuple[str | Table, ...]:
     """What is shown of the results that were written."""
     found = [Measured(**row) for row in results["steps"]]
@@ -386,13 +375,13 @@ def tables(results: dict[str, Any]) -> tuple[str | Table, ...]:
             row.detector,
             *(three_digits(row.seconds[part]) for part in PARTS),
             three_digits(row.total),
-            _between(row.lowest, row.highest),
+            f"{three_digits(row.lowest)} to {three_digits(row.highest)}",
             f"{row.total / first.total:.2f}",
             str(row.waits),
         )
         memories.add_row(
             row.detector,
-            three_digits((row.memory - row.peak) / 2**30),
+            three_digits(row.held / 2**30),
             three_digits(row.peak / 2**30),
             f"{row.peak / first.peak:.2f}",
             three_digits(row.memory / 2**30),
@@ -401,7 +390,7 @@ def tables(results: dict[str, Any]) -> tuple[str | Table, ...]:
     growth = Table("RNNDet, T", "beyond, GiB", "in all, GiB", "over DEQDet")
     recurrent = next(row for row in found if row.detector == "RNNDet")
     for t, peak in results["rnndet_memory"].items():
-        memory = recurrent.memory - recurrent.peak + peak  # its layers are one, whatever T
+        memory = recurrent.held + peak  # its layers are one, whatever T
         growth.add_row(
             str(t),
             three_digits(peak / 2**30),
@@ -409,9 +398,8 @@ def tables(results: dict[str, Any]) -> tuple[str | Table, ...]:
             f"{memory / ours.memory:.2f}",
         )
     least = three_digits(results["without_decoder"] / 2**30)
-    before = " Of two turns, each begun with AdaMixer." if first.lowest is None else ""
     return (
-        f"A training step, ResNet-50, batch {BATCH}, 800×1344.{before}",
+        f"A training step, ResNet-50, batch {BATCH}, 800×1344.",
         times,
         f"data: {three_digits(results['data'])} s.",
         memories,
