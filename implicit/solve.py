@@ -125,6 +125,11 @@ def iterate(
 
 def _solve_whole(problem: Problem, y0: Tensor, solver: WholeSolver, stop: Stop) -> Outcome:
     """A solver that runs its own loop; its answer is judged like any other."""
+    if isinstance(stop, Tolerance) and stop.min_steps:
+        raise ValueError(
+            f"{solver} runs a loop of its own, without a least number of steps: leave out "
+            f"min_steps={stop.min_steps}."
+        )
     calls = 0
     first: Tensor | None = None
     norm = stop.norm if isinstance(stop, Tolerance) else "l2"

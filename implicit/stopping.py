@@ -67,6 +67,8 @@ class Tolerance:
         norm: ``"l2"``, ``"rms"`` or ``"max"`` over all elements of a sample; or a distance of
             your own, ``distance(y, fy)`` of a state and its image, ``(B,)``, in whatever units
             ``atol`` then has.  Such a distance has no size to be relative to: it takes ``rtol=0``.
+        min_steps: steps before a sample may stop, unless its residual is not finite: for a path
+            that begins slowly, or a distance that may be small by chance.
 
     Example:
         >>> Tolerance(rtol=1e-4).max_steps
@@ -78,6 +80,7 @@ class Tolerance:
     max_steps: int = 50
     check_every: int = 1
     norm: Norm | Distance = "l2"
+    min_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -90,6 +93,12 @@ class Tolerance:
             )
         check_count("Tolerance", "max_steps", self.max_steps)
         check_count("Tolerance", "check_every", self.check_every)
+        check_count("Tolerance", "min_steps", self.min_steps, least=0)
+        if self.min_steps > self.max_steps:
+            raise ValueError(
+                f"Tolerance(min_steps={self.min_steps}, max_steps={self.max_steps}): no sample "
+                "could stop. Give at least as many steps at most."
+            )
         if callable(self.norm):
             if self.rtol != 0:
                 raise ValueError(

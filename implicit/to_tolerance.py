@@ -99,6 +99,8 @@ class ToTolerance:
         if trace or self.solver.keeps_best:
             self._record(samples, now, self._relative(size, now, r), trace)
         margin = now - allowed  # whose sign is exact
+        if n < self.stop.min_steps:
+            margin = margin.masked_fill(margin <= 0, 1)
         back: Tensor | None = None
         if (seen := self._seen(n, margin)) is not None:
             self.went_back = False

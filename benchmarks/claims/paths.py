@@ -90,7 +90,9 @@ class Path:
         assert isinstance(decoder, EquilibriumDecoder)
         settled, classify = decoder.config.settled, decoder.refinement.classify
         moved = [settled.movement(a, b, classify) for a, b in pairwise(self.states)]
-        return self._first(torch.stack(moved) <= 1)
+        reached = torch.stack(moved) <= 1
+        reached[: settled.least_steps] = False
+        return self._first(reached)
 
     def _first(self, reached: Tensor) -> list[int]:
         """The first state of each image of which it is true, or the last."""

@@ -25,9 +25,14 @@ class Settled:
     ``pixels``, one of score ½ by twice as much, and those that hardly score, which never come to
     rest, hold up no image.  Every box must be within both limits.
 
+    From the output of the first layer, scores may stand almost still for a refinement before they
+    rise.  So an image is refined `least_steps` times before it may be done, by default as often as
+    a decoder of six layers does; not so where it starts from the detections of another frame.
+
     Args:
         pixels: most that a side of a box may still move, times the score of the box.
         score: most that a score may still change.
+        least_steps: refinements from the first layer's output before an image may be done.
 
     Example:
         >>> before = Queries(torch.zeros(1, 1, 4), torch.tensor([[[0.01]]]), torch.zeros(1, 1, 4))
@@ -38,11 +43,15 @@ class Settled:
 
     pixels: float = 1.5
     score: float = 0.05
+    least_steps: int = 6
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in ("pixels", "score"):
+            value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"settled.{name}={value}: must be a number above 0.")
+        if self.least_steps < 0:
+            raise ValueError(f"settled.least_steps={self.least_steps}: must be at least 0.")
 
     @staticmethod
     def from_earlier(stored: Mapping[str, Any]) -> dict[str, Any]:

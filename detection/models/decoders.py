@@ -280,7 +280,13 @@ class EquilibriumDecoder(Decoder):
         def movement(before: Queries, after: Queries) -> Tensor:
             return settled.movement(before, after, self.refinement.classify)
 
-        return implicit.Tolerance(rtol=0.0, atol=1.0, max_steps=most_steps, norm=movement)
+        return implicit.Tolerance(
+            rtol=0.0,
+            atol=1.0,
+            max_steps=most_steps,
+            norm=movement,
+            min_steps=min(settled.least_steps, most_steps),
+        )
 
     def forward(
         self,
@@ -301,14 +307,17 @@ class EquilibriumDecoder(Decoder):
             solver: by default the one of the configuration; of another than `implicit.Naive` the
                 best iterate counts (`implicit.Best`).
             start: where to start instead of at the first layer's output: at ``output.queries`` of
-                the frame before, in a film.
+                the frame before, in a film; such an image may be done at once.
             trace: also return the relative residual of every refinement.
         """
+        stop = stop or self.stop
+        if start is not None and isinstance(stop, implicit.Tolerance):
+            stop = replace(stop, min_steps=0)
         solution = implicit.fixed_point(
             self.refinement,
             self.first(queries, features) if start is None else start,
             solver=self._safe(solver or self.config.eval_solver or self.config.solver),
-            stop=stop or self.stop,
+            stop=stop,
             gradient=implicit.JFB(),
             args=(features,),
             trace=trace,

@@ -705,3 +705,8 @@ def test_without_queries_nothing_moves() -> None:
 def test_movement_needs_limits(value: float) -> None:
     with pytest.raises(ValueError, match=r"settled\.pixels.*above 0"):
         Settled(pixels=value)
+
+
+def test_least_steps_are_a_number_of_steps() -> None:
+    with pytest.raises(ValueError, match=r"settled\.least_steps=-1.*at least 0"):
+        Settled(least_steps=-1)

@@ -661,6 +661,23 @@ def test_an_image_is_refined_until_its_detections_have_settled() -> None:
             assert movements[-1] <= 1 and min(movements[:-1]) > 1
 
 
+def test_an_image_is_refined_some_times_before_it_may_be_done() -> None:
+    """By the layer's own output; a warm start has been refined already."""
+    decoder, maps, start = contractive()
+    loose = Settled(pixels=1e9, score=2.0, least_steps=4)
+    decoder.config = replace(decoder.config, steps="auto", settled=loose)
+    with torch.no_grad():
+        cold = decoder(maps, start)
+        assert cold.steps is not None and cold.steps.tolist() == [4] * len(cold.steps)
+        fixed = decoder(maps, start, stop=implicit.Steps(4))
+        torch.testing.assert_close(cold.boxes, fixed.boxes)
+        warm = decoder(maps, start, start=cold.queries)
+        assert warm.steps is not None and not warm.steps.any()
+        # Never more often than refinement is allowed to.
+        few = decoder(maps, start, stop=decoder.until(loose, 2))
+        assert few.steps is not None and few.steps.tolist() == [2] * len(few.steps)
+
+
 @pytest.mark.parametrize("solver", [implicit.Anderson(memory=3), implicit.Broyden()], ids=repr)
 def test_inference_may_have_a_solver_and_a_tolerance_of_its_own(solver: Solver) -> None:
     decoder, maps, start = contractive()

@@ -148,7 +148,8 @@ def test_steps_are_taken_and_told(predictor: Predictor) -> None:
 
 def test_tolerance_is_what_a_box_may_still_move() -> None:
     """An image ends at the first refinement after which no box moves farther, times its score."""
-    loose = small_predictor(EquilibriumConfig(steps=25, settled=Settled(score=1.0)))
+    settled = Settled(score=1.0, least_steps=0)
+    loose = small_predictor(EquilibriumConfig(steps=25, settled=settled))
     image = picture(64, 96)  # of the size that the detector gets
     with torch.inference_mode():
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None]

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit
 from implicit import Status, Tolerance, fixed_point
+from implicit.interop.torchdeq import TorchDEQ
 from implicit.stopping import Norm, batch_norm_of
 
 SOLVERS = [implicit.Naive(), implicit.Naive(0.6), implicit.Anderson(), implicit.Broyden()]
@@ -424,6 +425,50 @@ def test_tolerance_waits_once_per_look(solver: implicit.Solver, every: int) -> N
     assert looks <= counter.count <= looks + 1, "one per look, and one at y0"
 
 
+# -- least steps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("least", [1, 5, 60])
+def test_no_sample_is_done_before_its_least_steps(solver: implicit.Solver, least: int) -> None:
+    """The first row begins at its fixed point, the others end as they would have, or at last."""
+    slope = torch.tensor([[0.5], [0.1], [0.9]], dtype=torch.float64)
+    y0 = torch.tensor([[0.0], [1.0], [1.0]], dtype=torch.float64)
+
+    def solve(least: int) -> implicit.Solution:
+        stop = implicit.Tolerance(rtol=0.0, atol=1e-6, max_steps=200, min_steps=least)
+        with torch.no_grad():
+            return implicit.fixed_point(
+                lambda y, s: s * y.sin(), y0, solver=solver, stop=stop, args=(slope,)
+            )
+
+    free, held = solve(0), solve(least)
+    assert free.steps[0] == 0, "or the test shows nothing"
+    assert held.converged.all()
+    assert held.steps.tolist() == [max(least, int(n)) for n in free.steps]
+    assert held.value.abs().amax() <= 1e-5, "sin has its fixed point at 0"
+
+
+def test_a_sample_that_is_not_finite_does_not_wait_for_its_least_steps() -> None:
+    solution = implicit.fixed_point(
+        lambda y: torch.where(y > 2, torch.nan, 2 * y),
+        torch.ones(1, 1),
+        solver=implicit.Naive(),
+        stop=implicit.Tolerance(min_steps=20),
+    )
+    assert solution.steps.item() == 2 and not solution.converged.item()
+
+
+def test_a_loop_of_its_own_has_no_least_steps() -> None:
+    with pytest.raises(ValueError, match=r"TorchDEQ\('anderson'\).*leave out min_steps=3"):
+        implicit.fixed_point(
+            torch.cos,
+            torch.ones(1, 1),
+            solver=TorchDEQ("anderson"),
+            stop=implicit.Tolerance(min_steps=3),
+        )
+
+
 # -- bad input -----------------------------------------------------------------------------------
 
 
@@ -437,6 +482,8 @@ def test_tolerance_waits_once_per_look(solver: implicit.Solver, every: int) -> N
         ({"rtol": 0.0, "atol": 0.0}, r"rtol=0, atol=0.*never be met.*Steps\(n\)"),
         ({"max_steps": 0}, r"Tolerance\(max_steps=0\).*must be an integer of at least 1"),
         ({"check_every": 0}, r"Tolerance\(check_every=0\).*at least 1"),
+        ({"min_steps": -1}, r"Tolerance\(min_steps=-1\).*at least 0"),
+        ({"min_steps": 51}, r"min_steps=51, max_steps=50.*no sample could stop"),
         ({"norm": "l1"}, r"Tolerance\(norm='l1'\).*'l2', 'rms' or 'max'"),
     ],
 )
@@ -458,7 +505,7 @@ def test_steps_must_be_an_integer(n: Any) -> None:
         implicit.Steps(n)
 
 
-@pytest.mark.parametrize("name", ["max_steps", "check_every"])
+@pytest.mark.parametrize("name", ["max_steps", "check_every", "min_steps"])
 def test_tolerance_counts_must_be_integers(name: str) -> None:
     options: dict[str, Any] = {name: 2.5}
     with pytest.raises((TypeError, ValueError), match=name):
