@@ -6,8 +6,14 @@
 data set that it composed (by default the newest in ``data/``).  The trained detector is evaluated
 on the validation images with fixed numbers of steps, naive and by Anderson, with tolerances of the
 relative residual, and with ``steps="auto"``, which refines each image until its detections have
-settled (`detection.decoder.movement.Settled`).  Steps are those that moved the state; to know that
-it has settled, one refinement more is computed than there are steps, and so with tolerances.
+settled (`detection.decoder.movement.Settled`), and beside it, what that would give without its
+``least_steps``.  Steps are those that moved the state; to know that it has settled, one refinement
+more is computed than there are steps, and so with tolerances.
+
+These images are the test of that rule.  Its limits were chosen on the scenes (`docs/claims.md`), and
+its six refinements at least on them and on 3500 other images of digits, with the same detector:
+``compose_digits(val_images=1000, seed=1001)`` for one, which ``--data`` takes.  On films of that one
+the two of a warm start were chosen.
 
 Then the same on films: validation images through which a window moves by a pixel a frame.  A cold
 start refines every frame from the first layer's output, a warm start from the detections of the
@@ -105,7 +111,9 @@ def settings(base: EquilibriumConfig) -> dict[tuple[str, str], EquilibriumConfig
         config = replace(base, steps=25, tolerance=rtol)
         found["naive, tolerance", f"{rtol:g}"] = config
         found["Anderson, tolerance", f"{rtol:g}"] = replace(config, eval_solver=anderson)
-    found["auto", "settled"] = replace(base, steps="auto")
+    auto = replace(base, steps="auto")
+    at_once = replace(auto, settled=replace(base.settled, least_steps=0))
+    found["auto", "settled"], found["auto", "at once"] = auto, at_once
     return found
 
 
@@ -174,7 +182,7 @@ def _seen(output: Output) -> Tensor:
 def goals(results: dict[str, Any]) -> list[Goal]:
     """Of ``"auto"`` against all 25 steps, and of a warm start against a cold one."""
     points = [Point(**found) for found in results["points"]]
-    auto = next(p for p in points if p.kind == "auto")
+    auto = next(p for p in points if p.setting == "settled")
     fixed = sorted((p for p in points if p.kind == "naive"), key=lambda p: p.steps)
     full = fixed[-1]
     enough = next(p.steps for p in fixed if p.AP >= full.AP - GOAL_AP)
@@ -186,11 +194,10 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             most=GOAL_STEPS,
             reason=(
                 "An image waits for the slowest of its boxes, in proportion to their scores, and "
-                "some move on long after their AP has settled. The rule and its limits, 1.5 "
-                "pixels over the score and 0.05 of score, were chosen on the validation images of "
-                "another data set, the scenes, and not moved again to meet the goal. The fewest "
-                "steps that lose no more AP than the goal allows, the same for all images and "
-                f"chosen after the fact, are {enough / full.steps:.2f} of them."
+                "some move on long after their AP has settled. The rule was chosen on other "
+                "images, and not moved again to meet the goal. The fewest steps that lose no more "
+                "AP than the goal allows, the same for all images and chosen after the fact, are "
+                f"{enough / full.steps:.2f} of them."
             ),
         ),
         Goal(
@@ -198,10 +205,10 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             full.AP - auto.AP,
             most=GOAL_AP,
             reason=(
-                "The limits were chosen on the scenes, which need twice the refinements, and these "
-                "images are the test of them: here scores go on rising by less than the limit of "
-                "0.05 a step when an image is taken for settled. They were not moved for it; a "
-                "smaller `settled.score` buys the AP back, with steps."
+                "Scores of some images go on rising by less than `settled.score` a step when they "
+                "are taken for settled. The rule was chosen on other images, and not moved again "
+                "to meet the goal; a smaller `settled.score`, or more `settled.least_steps`, buys "
+                "the AP back, with steps."
             ),
         ),
         Goal("steps per frame, warm over cold", warm.steps / cold.steps, most=1),
@@ -210,10 +217,10 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             warm.flicker / cold.flicker,
             most=1,
             reason=(
-                "Refinement ends when no box moves by more than `settled.pixels` over its score. "
-                "We take it that a warm start ends at the near side of that, where the last "
-                "frame was: it is the price of the steps that it saves. A smaller "
-                "`settled.pixels` buys it back."
+                "Refinement ends when no box moves by more than `settled.pixels` over its score, "
+                "and we take it that a warm start ends at the near side of that, where the last "
+                "frame was: it is the price of the steps that it saves. On the films by which "
+                "its two refinements were chosen it was 0.95."
             ),
         ),
     ]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from detection.decoder.queries import Queries
 
+LEAST_WARM = 2
+"""Refinements from the detections of another frame: with fewer, boxes lag behind what moves."""
 _EARLIER = {"pixels": 1.0, "score": 0.02}
 """Limits, unless others were chosen, of the rule before this one, which had a ``least_score``."""
 
@@ -27,7 +29,7 @@ class Settled:
 
     From the output of the first layer, scores may stand almost still for a refinement before they
     rise.  So an image is refined `least_steps` times before it may be done, by default as often as
-    a decoder of six layers does; not so where it starts from the detections of another frame.
+    a decoder of six layers does, and `LEAST_WARM` times where it starts from the frame before.
 
     Args:
         pixels: most that a side of a box may still move, times the score of the box.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import implicit
 from detection.decoder.layer import LayerConfig, RefinementLayer
-from detection.decoder.movement import Settled
+from detection.decoder.movement import LEAST_WARM, Settled
 from detection.decoder.noise import BoxNoise, ContentNoise
 from detection.decoder.queries import Queries, QueryLayer
 from detection.decoder.sparse_rcnn import SparseRCNNLayer
@@ -307,12 +307,12 @@ class EquilibriumDecoder(Decoder):
             solver: by default the one of the configuration; of another than `implicit.Naive` the
                 best iterate counts (`implicit.Best`).
             start: where to start instead of at the first layer's output: at ``output.queries`` of
-                the frame before, in a film; such an image may be done at once.
+                the frame before, in a film; such an image may be done after `LEAST_WARM` refinements.
             trace: also return the relative residual of every refinement.
         """
         stop = stop or self.stop
         if start is not None and isinstance(stop, implicit.Tolerance):
-            stop = replace(stop, min_steps=0)
+            stop = replace(stop, min_steps=min(stop.min_steps, LEAST_WARM))
         solution = implicit.fixed_point(
             self.refinement,
             self.first(queries, features) if start is None else start,
