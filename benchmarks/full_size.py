@@ -42,6 +42,10 @@ class Problem:
         of_layer = [*self.layer.parameters(), *self.layer.buffers()]
         return [*of_layer, *self.queries, *self.features, *self.prepared, *self.trained_on]
 
+    def maps_of_a_neck(self) -> list[Tensor]:
+        """Those of training, as leaves that want a gradient: a neck would hand theirs on."""
+        return [maps.detach().requires_grad_() for maps in self.trained_on]
+
 
 def full_size(
     queries: int = 100,

@@ -12,8 +12,9 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -52,7 +53,7 @@ class SavedBytes:
     """
 
     def __init__(self, outside: list[Tensor]) -> None:
-        self.outside = {t.untyped_storage().data_ptr() for t in outside}
+        self.outside = {t.untyped_storage()._cdata for t in outside}
         self.users: dict[int, int] = {}
         self.now = self.peak = 0
         self._hooks: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(
@@ -68,7 +69,7 @@ class SavedBytes:
 
     def _pack(self, tensor: Tensor) -> _Holder:
         storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()
         holder = _Holder(tensor)
         if key not in self.outside:
             self.users[key] = self.users.get(key, 0) + 1
@@ -112,27 +113,50 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = self.now = self.peak = 0
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._alive: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {ref.cdata for ref, _ in _storages((args, kwargs))}
-        for ref, size in _storages(result):
-            if ref.cdata not in given and ref.cdata not in self.alive:
-                self.alive[ref.cdata] = ref, size
-        # A weak reference keeps the address from being given to another storage.
-        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._alive:
+                self._alive.add(key)
+                self.now += size
+                finalize(storage, self._free, key, size)
         self.count += 1
-        self.now = sum(size for _, size in self.alive.values())
         self.peak = max(self.peak, self.now)
         return result
 
+    def _free(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self.now -= size
 
-def _storages(tree: Any) -> list[tuple[StorageWeakRef, int]]:
-    storages = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
-    return [(StorageWeakRef(storage), storage.nbytes()) for storage in storages]
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+@contextmanager
+def imagined(subject: T) -> Iterator[T]:
+    """A copy of ``subject`` whose tensors have shapes and no values; inside, none is computed.
+
+    What is kept and what is alive (`SavedBytes`, `Operations`) is the same to the byte, as long as
+    nothing depends on a value, and is counted in a fraction of the time.
+
+    Example:
+        >>> with imagined(torch.ones(2**30 // 4)) as x, Operations() as operations:
+        ...     y = x.exp() + 1
+        >>> operations.peak // 2**30
+        2
+    """
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        copy = deepcopy(subject)
+    with mode:
+        yield copy
 
 
 def live_bytes(run: Callable[[], object]) -> int:

@@ -4,11 +4,11 @@
 
 From 100 queries, 32 points, an image of 800×1344, batch 1 and T = 25 one of these is changed at a
 time.  Time is that of the whole path in inference mode (median, the device's work included);
-memory is the peak of forward and backward pass of one supervised position with RAG(2) at the end
-of it (`benchmarks.measure.peak_bytes`).  It is the refinement alone, without backbone and neck, and
-feature maps want no gradient here: so memory does not grow with the image, as that of training with
-a backbone does.  The exponent ``p`` of ``cost ∝ size^p`` is the slope of a least-squares line
-through the logarithms.  Feature maps have the layout in which the detector hands them to its
+memory is the most that is alive at once in forward and backward pass of one supervised position
+with RAG(2) at the end of it, counted as `benchmarks.gradient_memory` does, gradients of the weights
+and of the feature maps included.  It is the refinement alone, without backbone and neck: of the
+image only the maps grow.  The exponent ``p`` of ``cost ∝ size^p`` is the slope of a least-squares
+line through the logarithms.  Feature maps have the layout in which the detector hands them to its
 decoder, at inference and in training.
 """
 
@@ -28,12 +28,12 @@ from rich.table import Table
 
 import implicit
 from benchmarks.full_size import Problem, full_size
+from benchmarks.gradient_memory import measured, peak_of, subject_of, supervise
 from benchmarks.measure import (
     by_turns,
     device,
     machine,
     output_folder,
-    peak_bytes,
     stem,
     three_digits,
     wide_console,
@@ -90,7 +90,9 @@ def _measured(work: Work, repeats: int) -> tuple[float, int]:
     )
     solve = torch.inference_mode()(_solver(problem, work.steps))
     (taken,) = by_turns([solve], repeats)
-    return 1e3 * statistics.median(taken), peak_bytes(_training(problem, work.steps))
+    with measured(subject_of(problem)) as subject:
+        peak = peak_of(functools.partial(supervise, subject, (work.steps,)))
+    return 1e3 * statistics.median(taken), peak
 
 
 def _solver(problem: Problem, steps: int) -> Callable[[], object]:
@@ -102,23 +104,6 @@ def _solver(problem: Problem, steps: int) -> Callable[[], object]:
         gradient=implicit.JFB(),
         args=(problem.prepared,),
     )
-
-
-def _training(problem: Problem, steps: int) -> Callable[[], object]:
-    def train() -> None:
-        supervision = implicit.supervise(
-            problem.layer,
-            problem.queries,
-            lambda y, _: y.content.square().mean() + y.boxes.mean(),
-            at=(steps,),
-            gradient=implicit.RAG(2),
-            args=(problem.trained_on,),
-            parameters=problem.layer.parameters(),
-        )
-        supervision.loss.backward()
-        problem.layer.zero_grad()
-
-    return train
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

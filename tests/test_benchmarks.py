@@ -347,6 +347,67 @@ def test_memory_of_a_small_layer_is_what_theory_says() -> None:
     assert flat[0].kept == flat[1].kept
 
 
+def test_memory_of_the_refinement_has_the_gradients_of_its_maps() -> None:
+    """And where one weight alone wants a gradient, neither these nor those of the weights."""
+    small = full_size(5, 4, image=(64, 96))
+    subject = gradient_memory.subject_of(small)
+    assert set(subject.wanting) == {*small.layer.parameters(), *subject.args[0]}
+    named = small.layer.named_parameters()
+    weights = sum(p.nbytes for name, p in named if not name.startswith("class_head"))  # not read
+    peak = measure.live_bytes(lambda: gradient_memory.train(subject, implicit.JFB(), 1))
+    maps = sum(map_.nbytes for map_ in subject.args[0])
+    assert peak > weights + maps
+    assert gradient_memory.frozen_peak(subject, implicit.JFB(), 1) < weights
+    assert all(tensor.grad is None for tensor in subject.wanting)
+    assert set(subject.wanting) == {*small.layer.parameters(), *subject.args[0]}
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        implicit.JFB(),
+        implicit.RAG(2),
+        implicit.RAG(2, recompute=True),
+        implicit.Neumann(2),
+        implicit.Phantom(2),
+        implicit.BPTT(),
+        implicit.Implicit(stop=implicit.Steps(3)),
+    ],
+    ids=repr,
+)
+def test_what_is_imagined_takes_the_bytes_of_what_is_computed(gradient: implicit.Gradient) -> None:
+    """Two ways to count: tensors without values, and all that is computed."""
+    for real in (
+        gradient_memory.generic(batch=64, dim=32),
+        gradient_memory.subject_of(full_size(5, 4, image=(64, 96))),
+    ):
+        train = functools.partial(gradient_memory.train, real, gradient, 3)
+        wanted = measure.saved_bytes(train, real.outside), measure.live_bytes(train)
+        with gradient_memory.measured(real) as copy:
+            row = gradient_memory.memory_of(
+                copy, "", 1, 3, functools.partial(gradient_memory.train, copy, gradient, 3)
+            )
+        assert (row.kept, row.peak) == wanted
+        # Of what operations allocate inside themselves, and of the states of generators that
+        # recomputation keeps, the allocator alone knows.
+        allocated = measure.peak_bytes(train)
+        assert row.peak <= allocated <= 1.1 * row.peak + 2**14
+
+
+def test_bytes_are_freed_when_the_last_view_of_them_is() -> None:
+    with measure.Operations() as operations:
+        x = torch.ones(1000)
+        view = x.view(10, 100)[2:]
+        del x
+        assert operations.now == 4000
+        del view
+        assert operations.now == 0
+        y = torch.ones(500)
+    assert (operations.now, operations.peak) == (2000, 4000)
+    del y
+    assert operations.now == 0
+
+
 def test_exponents_and_a_small_sweep() -> None:
     assert scaling.exponent([1, 10, 100], [5, 50, 500]) == pytest.approx(1)
     work = scaling.Work(queries=5, points=4, area=64 * 108, steps=2)
