@@ -10,10 +10,10 @@ settled (`detection.decoder.movement.Settled`), and beside it, what that would g
 ``least_steps``.  Steps are those that moved the state; to know that it has settled, one refinement
 more is computed than there are steps, and so with tolerances.
 
-These images are the test of that rule.  Its limits were chosen on the scenes (`docs/claims.md`), and
-its six refinements at least on them and on 3500 other images of digits, with the same detector:
-``compose_digits(val_images=1000, seed=1001)`` for one, which ``--data`` takes.  On films of that one
-the two of a warm start were chosen.
+These images are the test of that rule.  Its limits were chosen on the scenes (`docs/claims.md`),
+and its six refinements at least on them and on 3500 other images of digits, with the same detector:
+``compose_digits(val_images=1000, seed=1001)`` for one, which ``--data`` takes.  On films of that
+one the two of a warm start were chosen.
 
 Then the same on films: validation images through which a window moves by a pixel a frame.  A cold
 start refines every frame from the first layer's output, a warm start from the detections of the

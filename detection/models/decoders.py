@@ -307,7 +307,8 @@ class EquilibriumDecoder(Decoder):
             solver: by default the one of the configuration; of another than `implicit.Naive` the
                 best iterate counts (`implicit.Best`).
             start: where to start instead of at the first layer's output: at ``output.queries`` of
-                the frame before, in a film; such an image may be done after `LEAST_WARM` refinements.
+                the frame before, in a film; such an image may be done after `LEAST_WARM`
+                refinements.
             trace: also return the relative residual of every refinement.
         """
         stop = stop or self.stop
