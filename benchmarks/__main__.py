@@ -21,15 +21,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.measure import (
-    Goal,
-    argument_parser,
-    device,
-    goals_table,
-    stem,
-    wide_console,
-    write_results,
-)
+from benchmarks.goals import Goal, goals_table
+from benchmarks.measure import argument_parser, device, stem, wide_console, write_results
 
 COMMANDS = (
     "robustness",

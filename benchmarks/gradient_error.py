@@ -22,14 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import (
-    Goal,
-    goals_table,
-    machine,
-    output_folder,
-    wide_console,
-    write_results,
-)
+from benchmarks.goals import Goal, goals_table
+from benchmarks.measure import machine, output_folder, wide_console, write_results
 from benchmarks.problems import linspace, normal
 
 CONTRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)

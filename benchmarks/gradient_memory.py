@@ -8,7 +8,7 @@ most bytes that are alive at once of all that forward and backward pass make, gr
 full size, on the features of an image of 800×1344, which want a gradient as a neck's do.
 
 On a CPU these are counted on tensors with shapes and without values, with the same result on every
-machine (`benchmarks.measure.imagined`): no number is computed, which is what lets all sizes have
+machine (`benchmarks.counts.imagined`): no number is computed, which is what lets all sizes have
 all k.  Of some rows the allocator's own peak stands beside it, on real tensors and with what is
 allocated inside of operations.  On a GPU everything is computed, and the second figure is that of
 ``torch.cuda.max_memory_allocated``.
@@ -39,22 +39,10 @@ from torch.utils import _pytree as pytree
 
 import implicit
 from benchmarks import plain_layer
+from benchmarks.counts import Operations, imagined, live_bytes, peak_bytes, saved_bytes
 from benchmarks.full_size import SIZES, Problem, full_size
-from benchmarks.measure import (
-    Goal,
-    Operations,
-    device,
-    goals_table,
-    imagined,
-    live_bytes,
-    machine,
-    output_folder,
-    peak_bytes,
-    saved_bytes,
-    stem,
-    wide_console,
-    write_results,
-)
+from benchmarks.goals import Goal, goals_table
+from benchmarks.measure import device, machine, output_folder, stem, wide_console, write_results
 from detection.decoder import recomputation
 
 K, K_LONG = range(1, 9), (2, 8)

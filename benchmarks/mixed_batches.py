@@ -20,15 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import (
-    Counted,
-    Goal,
-    goals_table,
-    machine,
-    output_folder,
-    wide_console,
-    write_results,
-)
+from benchmarks.counts import Counted
+from benchmarks.goals import Goal, goals_table
+from benchmarks.measure import machine, output_folder, wide_console, write_results
 from benchmarks.problems import linspace, normal
 
 TOLERANCE = 1e-5

@@ -6,7 +6,7 @@
 finishes in the 40 evaluations that are timed; its own time is measured alike and subtracted.  The
 runs of all contestants are interleaved, and the median is taken, so that a machine that slows down
 slows down all of them.  Both sides run without autograd, as the solve inside a layer does.
-Operations and live bytes (`benchmarks.measure.Operations`) are exact and the same on every
+Operations and live bytes (`benchmarks.counts.Operations`) are exact and the same on every
 machine; operations are the increase per evaluation once the memory is full.
 """
 
@@ -24,18 +24,9 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import (
-    Counted,
-    Goal,
-    by_turns,
-    goals_table,
-    live_bytes,
-    machine,
-    operations_of,
-    output_folder,
-    wide_console,
-    write_results,
-)
+from benchmarks.counts import Counted, live_bytes, operations_of
+from benchmarks.goals import Goal, goals_table
+from benchmarks.measure import by_turns, machine, output_folder, wide_console, write_results
 
 SIZES = ((2, 256), (16, 1024), (8, 19200))
 """``(B, D)``."""

@@ -32,12 +32,10 @@ import implicit
 from benchmarks import plain_layer
 from benchmarks.ceilings import Ceilings, Work, calls_within, repeated
 from benchmarks.full_size import SIZES, Problem, full_size
+from benchmarks.goals import NO_GPU, Goal, goals_table
 from benchmarks.measure import (
-    NO_GPU,
-    Goal,
     by_turns,
     device,
-    goals_table,
     machine,
     output_folder,
     p95,
@@ -68,7 +66,7 @@ KERNELS = (
 
 
 @dataclass(frozen=True)
-class Time:
+class RefinementTime:
     """Milliseconds of one refinement: median and 95th percentile, and over the plain median."""
 
     queries: int
@@ -134,7 +132,7 @@ def in_one_graph(problem: Problem, repeats: int = REPEATS) -> float:
 
 
 @torch.inference_mode()
-def times(problem: Problem, repeats: int = REPEATS) -> list[Time]:
+def times(problem: Problem, repeats: int = REPEATS) -> list[RefinementTime]:
     """All contestants at one size; their first turn is not counted."""
 
     def chain(refine: Refine) -> None:
@@ -146,12 +144,12 @@ def times(problem: Problem, repeats: int = REPEATS) -> list[Time]:
     runs = {name: functools.partial(chain, f) for name, f in contestants(problem).items()}
     taken = by_turns(list(runs.values()), repeats, uncounted=2)
     size = problem.queries.content.shape[1], problem.layer.sampling.points
-    found: list[Time] = []
+    found: list[RefinementTime] = []
     for name, times_of_chain in zip(runs, taken, strict=True):
         own = [1e3 * t / CHAIN for t in times_of_chain]
         median = statistics.median(own)
         plain = found[0].median if found else median
-        found.append(Time(*size, name, median, p95(own), median / plain))
+        found.append(RefinementTime(*size, name, median, p95(own), median / plain))
     return found
 
 
@@ -185,7 +183,7 @@ def apart_of(problem: Problem, ceilings: Ceilings, dtype: torch.dtype) -> dict[s
 def goals(results: dict[str, Any]) -> list[Goal]:
     """Over the plain composition, and on a GPU in milliseconds; at 100 queries and 32 points."""
     size = SIZES[0]
-    own = [Time(**row) for row in results["times"]]
+    own = [RefinementTime(**row) for row in results["times"]]
     first = {row.contestant: row for row in own if (row.queries, row.points) == size}
     apart = results["apart"]["{}/{}".format(*size)]
     in_bfloat16 = (
@@ -220,7 +218,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
 def tables(results: dict[str, Any]) -> tuple[str | Table, ...]:
     """What is shown of the results that were written."""
     table = Table("queries/points", "", "median, ms", "95 %, ms", "ratio", "goal")
-    rows = [Time(**row) for row in results["times"]]
+    rows = [RefinementTime(**row) for row in results["times"]]
     for size in dict.fromkeys((row.queries, row.points) for row in rows):
         name = "{}/{}".format(*size)
         for row in rows:

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from benchmarks import training_step
 from benchmarks.comparison import written
-from benchmarks.measure import GOAL_COLUMNS, Goal, output_folder
+from benchmarks.goals import GOAL_COLUMNS, Goal
+from benchmarks.measure import output_folder
 from benchmarks.pages import put, table
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,8 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import Counted, machine, output_folder, wide_console, write_results
+from benchmarks.counts import Counted
+from benchmarks.measure import machine, output_folder, wide_console, write_results
 from benchmarks.problems import Map, Problem, problems
 
 TOLERANCE = 1e-6

@@ -42,7 +42,7 @@ from benchmarks.measure import (
 
 
 @dataclass(frozen=True)
-class Work:
+class Setting:
     """What is refined and how often; the image's area is in pixels."""
 
     queries: int = 100
@@ -72,26 +72,26 @@ class Cost:
     bytes: int
 
 
-def cost_of(swept: str, work: Work, repeats: int = REPEATS) -> Cost:
-    """Measure one piece of work."""
-    size: int = getattr(work, swept)
-    return Cost(swept, size, *_measured(work, repeats))
+def cost_of(swept: str, setting: Setting, repeats: int = REPEATS) -> Cost:
+    """Measure one setting."""
+    size: int = getattr(setting, swept)
+    return Cost(swept, size, *_measured(setting, repeats))
 
 
-@functools.cache  # the work that every sweep goes through is done once, and is the same in all
-def _measured(work: Work, repeats: int) -> tuple[float, int]:
-    width = round((work.area * 1344 / 800) ** 0.5)
+@functools.cache  # the setting that every sweep goes through is measured once, for all
+def _measured(setting: Setting, repeats: int) -> tuple[float, int]:
+    width = round((setting.area * 1344 / 800) ** 0.5)
     problem = full_size(
-        work.queries,
-        work.points,
-        image=(work.area // width, width),
-        batch=work.batch,
+        setting.queries,
+        setting.points,
+        image=(setting.area // width, width),
+        batch=setting.batch,
         device=device(),
     )
-    solve = torch.inference_mode()(_solver(problem, work.steps))
+    solve = torch.inference_mode()(_solver(problem, setting.steps))
     (taken,) = by_turns([solve], repeats)
     with measured(subject_of(problem)) as subject:
-        peak = peak_of(functools.partial(supervise, subject, (work.steps,)))
+        peak = peak_of(functools.partial(supervise, subject, (setting.steps,)))
     return 1e3 * statistics.median(taken), peak
 
 
@@ -156,16 +156,16 @@ def tables(results: Sequence[dict[str, Any]]) -> tuple[str, Table]:
                 f"{in_bytes:.2f}" if first else "",
             )
         table.add_section()
-    return f"One change at a time from {Work()}.", table
+    return f"One change at a time from {Setting()}.", table
 
 
 def main() -> None:
     """Print the table; write the results and the plot."""
     folder, console = output_folder(__doc__), wide_console()
-    cost_of("steps", replace(Work(), steps=1))  # the first solves of a process are slower
+    cost_of("steps", replace(Setting(), steps=1))  # the first solves of a process are slower
     found: list[Cost] = []
     for swept, sizes in SWEEPS.items():
-        found += [cost_of(swept, replace(Work(), **{swept: size})) for size in sizes]
+        found += [cost_of(swept, replace(Setting(), **{swept: size})) for size in sizes]
     results = [asdict(cost) for cost in found]
     console.print(f"{machine()}.", *tables(results), sep="\n")
     name = stem("scaling", device())

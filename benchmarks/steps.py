@@ -37,16 +37,8 @@ from rich.table import Table
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import (
-    Goal,
-    argument_parser,
-    device,
-    goals_table,
-    machine,
-    stem,
-    wide_console,
-    write_results,
-)
+from benchmarks.goals import Goal, goals_table
+from benchmarks.measure import argument_parser, device, machine, stem, wide_console, write_results
 from detection.data import eval_transform, load_coco_split
 from detection.data.coco import CocoDataset
 from detection.models.config import EquilibriumConfig

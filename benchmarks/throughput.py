@@ -25,12 +25,10 @@ from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, Work
 from benchmarks.full_size import IMAGE, full_size
+from benchmarks.goals import NO_GPU, Goal, goals_table
 from benchmarks.measure import (
-    NO_GPU,
-    Goal,
     by_turns,
     device,
-    goals_table,
     machine,
     output_folder,
     p95,
@@ -51,7 +49,7 @@ FLOOR, WHOLE_FLOOR = "floor of 25 refinements", "floor with backbone and neck"
 
 
 @dataclass(frozen=True)
-class Time:
+class ImageTime:
     """Seconds per image: median and 95th percentile."""
 
     name: str
@@ -59,11 +57,12 @@ class Time:
     p95: float
 
 
-def measured(runs: dict[str, Callable[[], object]], repeats: int) -> list[Time]:
+def measured(runs: dict[str, Callable[[], object]], repeats: int) -> list[ImageTime]:
     """All of them by turns."""
     taken = by_turns(list(runs.values()), repeats, uncounted=2)
     return [
-        Time(name, statistics.median(own), p95(own)) for name, own in zip(runs, taken, strict=True)
+        ImageTime(name, statistics.median(own), p95(own))
+        for name, own in zip(runs, taken, strict=True)
     ]
 
 
@@ -120,7 +119,7 @@ def contestants(device: str) -> dict[str, Callable[[], object]]:
     }
 
 
-def floors(device: str) -> list[Time]:
+def floors(device: str) -> list[ImageTime]:
     """Least times of 25 refinements, and of the backbone, the neck and then these."""
     dtype = precision(device)
     ceilings = Ceilings.measured(device, dtype)
@@ -128,7 +127,7 @@ def floors(device: str) -> list[Time]:
     refined = ceilings.floor(STEPS * refinement.flops, STEPS * refinement.bytes)
     # Nothing is refined before there are maps.
     whole = refined + ceilings.floor(before.flops, before.bytes)
-    return [Time(FLOOR, refined, refined), Time(WHOLE_FLOOR, whole, whole)]
+    return [ImageTime(FLOOR, refined, refined), ImageTime(WHOLE_FLOOR, whole, whole)]
 
 
 def work_before(dtype: torch.dtype) -> Work:
@@ -142,7 +141,7 @@ def work_before(dtype: torch.dtype) -> Work:
 
 def goals(results: list[dict[str, Any]]) -> list[Goal]:
     """Those of an H200; a CPU has none."""
-    times = {time.name: time for time in (Time(**found) for found in results)}
+    times = {time.name: time for time in (ImageTime(**found) for found in results)}
     graph, floor = times.get(GRAPH), times.get(WHOLE_FLOOR)
     reason = NO_GPU if graph is None else "Image, backbone and refinements follow each other."
     return [

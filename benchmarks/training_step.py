@@ -47,16 +47,15 @@ from rich.table import Table
 
 import implicit
 import implicit.supervision
+from benchmarks.counts import peak_bytes
 from benchmarks.full_size import IMAGE
+from benchmarks.goals import Goal, goals_table
 from benchmarks.measure import (
-    Goal,
     by_turns,
     device,
-    goals_table,
     in_turns,
     machine,
     output_folder,
-    peak_bytes,
     three_digits,
     wide_console,
     write_results,

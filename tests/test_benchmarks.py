@@ -23,6 +23,7 @@ import implicit
 from benchmarks import __main__ as everything
 from benchmarks import (
     ceilings,
+    counts,
     gradient_error,
     gradient_memory,
     measure,
@@ -38,6 +39,7 @@ from benchmarks import (
     training_step,
 )
 from benchmarks.full_size import full_size
+from benchmarks.goals import Goal
 from benchmarks.problems import problem
 from detection.decoder.layer import RefinementLayer
 from detection.engine import Engine
@@ -47,7 +49,7 @@ from detection.models.detector import Detector
 
 ROOT = Path(__file__).parents[1]
 
-# -- measure -------------------------------------------------------------------------------------
+# -- counts --------------------------------------------------------------------------------------
 
 
 def test_live_bytes_follow_what_is_alive() -> None:
@@ -60,13 +62,13 @@ def test_live_bytes_follow_what_is_alive() -> None:
         kept[0].view(10, 10).mT.unsqueeze(0)  # nor has a view
         torch.cat([kept[0], kept[1]])
 
-    assert measure.live_bytes(run) == (2 + 2) * 800
-    assert measure.operations_of(run) == 3 + 1 + 3 + 1
+    assert counts.live_bytes(run) == (2 + 2) * 800
+    assert counts.operations_of(run) == 3 + 1 + 3 + 1
 
 
 def test_live_bytes_leave_out_what_lived_before() -> None:
     x = torch.ones(100)
-    assert measure.live_bytes(lambda: x.view(10, 10).add_(1)) == 0
+    assert counts.live_bytes(lambda: x.view(10, 10).add_(1)) == 0
 
 
 def test_live_bytes_of_a_chain_are_two_links() -> None:
@@ -75,11 +77,11 @@ def test_live_bytes_of_a_chain_are_two_links() -> None:
         for _ in range(5):
             y = y + 1
 
-    assert measure.live_bytes(run) == 2 * 400
+    assert counts.live_bytes(run) == 2 * 400
 
 
 def test_counted_counts_rows_and_passes_arguments() -> None:
-    f = measure.Counted(lambda y, x: y + x)
+    f = counts.Counted(lambda y, x: y + x)
     for rows in (3, 2):
         assert f(torch.ones(rows, 4), torch.tensor(2.0)).sum() == 12 * rows
     assert (f.calls, f.rows) == (2, 5)
@@ -298,7 +300,7 @@ def test_peak_counts_what_is_alive_at_once() -> None:
         del x
         (y * 2).sum()  # two alive again
 
-    assert measure.peak_bytes(run) == pytest.approx(2 * 4 * 2**20, rel=1e-3)
+    assert counts.peak_bytes(run) == pytest.approx(2 * 4 * 2**20, rel=1e-3)
 
 
 def test_figures_have_three_digits_on_any_device() -> None:
@@ -354,7 +356,7 @@ def test_memory_of_the_refinement_has_the_gradients_of_its_maps() -> None:
     assert set(subject.wanting) == {*small.layer.parameters(), *subject.args[0]}
     named = small.layer.named_parameters()
     weights = sum(p.nbytes for name, p in named if not name.startswith("class_head"))  # not read
-    peak = measure.live_bytes(lambda: gradient_memory.train(subject, implicit.JFB(), 1))
+    peak = counts.live_bytes(lambda: gradient_memory.train(subject, implicit.JFB(), 1))
     maps = sum(map_.nbytes for map_ in subject.args[0])
     assert peak > weights + maps
     assert gradient_memory.frozen_peak(subject, implicit.JFB(), 1) < weights
@@ -382,7 +384,7 @@ def test_what_is_imagined_takes_the_bytes_of_what_is_computed(gradient: implicit
         gradient_memory.subject_of(full_size(5, 4, image=(64, 96))),
     ):
         train = functools.partial(gradient_memory.train, real, gradient, 3)
-        wanted = measure.saved_bytes(train, real.outside), measure.live_bytes(train)
+        wanted = counts.saved_bytes(train, real.outside), counts.live_bytes(train)
         with gradient_memory.measured(real) as copy:
             row = gradient_memory.memory_of(
                 copy, "", 1, 3, functools.partial(gradient_memory.train, copy, gradient, 3)
@@ -390,12 +392,12 @@ def test_what_is_imagined_takes_the_bytes_of_what_is_computed(gradient: implicit
         assert (row.kept, row.peak) == wanted
         # Of what operations allocate inside themselves, and of the states of generators that
         # recomputation keeps, the allocator alone knows.
-        allocated = measure.peak_bytes(train)
+        allocated = counts.peak_bytes(train)
         assert row.peak <= allocated <= 1.1 * row.peak + 2**14
 
 
 def test_bytes_are_freed_when_the_last_view_of_them_is() -> None:
-    with measure.Operations() as operations:
+    with counts.Operations() as operations:
         x = torch.ones(1000)
         view = x.view(10, 100)[2:]
         del x
@@ -410,8 +412,8 @@ def test_bytes_are_freed_when_the_last_view_of_them_is() -> None:
 
 def test_exponents_and_a_small_sweep() -> None:
     assert scaling.exponent([1, 10, 100], [5, 50, 500]) == pytest.approx(1)
-    work = scaling.Work(queries=5, points=4, area=64 * 108, steps=2)
-    costs = [scaling.cost_of("steps", replace(work, steps=n), repeats=1) for n in (2, 4)]
+    setting = scaling.Setting(queries=5, points=4, area=64 * 108, steps=2)
+    costs = [scaling.cost_of("steps", replace(setting, steps=n), repeats=1) for n in (2, 4)]
     assert [cost.size for cost in costs] == [2, 4]
     assert costs[0].bytes == costs[1].bytes > 0  # the path is not kept
 
@@ -612,14 +614,14 @@ def test_a_step_without_decoder_trains_the_rest(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_goal_is_never_rounded_in_its_own_favour() -> None:
-    cells = measure.Goal("time", 0.25001, most=0.25).cells()
+    cells = Goal("time", 0.25001, most=0.25).cells()
     assert cells[1:4] == ("≤ 0.25", "0.2501", "**missed**")
-    assert measure.Goal("speed", 99.999, least=100).cells()[1:4] == ("≥ 100", "99.99", "**missed**")
-    assert measure.Goal("time", 0.25, most=0.25).cells()[1:4] == ("≤ 0.25", "0.25", "met")
+    assert Goal("speed", 99.999, least=100).cells()[1:4] == ("≥ 100", "99.99", "**missed**")
+    assert Goal("time", 0.25, most=0.25).cells()[1:4] == ("≤ 0.25", "0.25", "met")
 
 
 def test_a_goal_tells_its_reason_only_where_it_is_not_met() -> None:
-    goal = measure.Goal("time", 0.9, most=0.5, floor=0.71231, reason="It is far.")
+    goal = Goal("time", 0.9, most=0.5, floor=0.71231, reason="It is far.")
     assert goal.cells()[-1] == "It is far. Measured floor: 0.7124."
     assert replace(goal, found=0.5).cells()[-1] == ""
     unknown = replace(goal, found=None, floor=None)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import Counted
+from benchmarks.counts import Counted
 from benchmarks.problems import FAMILIES, Map, linspace, normal, problem, problems, shrink
 
 PROBLEMS = {p.name: p for p in problems()}

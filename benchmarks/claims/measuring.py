@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.claims.paths import rounded
-from benchmarks.measure import peak_bytes
+from benchmarks.counts import peak_bytes
 from detection.data.coco import CocoDataset
 from detection.data.loading import make_loader
 from detection.data.types import Batch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import implicit
-from benchmarks.measure import operations_of
+from benchmarks.counts import operations_of
 from implicit import Anderson, Best, Broyden, Naive, Status, Steps, Tolerance, fixed_point
 
 CLOSE = Tolerance(rtol=0.0, atol=1e-6, max_steps=960)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit
 from benchmarks import mixed_batches, overhead
-from benchmarks.measure import Counted, live_bytes
+from benchmarks.counts import Counted, live_bytes
 from implicit import Anderson, Best, Broyden, Naive, Steps, Tolerance, fixed_point
 
 theirs = torchdeq.solver.get_solver
