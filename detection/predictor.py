@@ -265,8 +265,8 @@ class Predictor(HubMixin):
         solved = isinstance(self.detector.decoder, EquilibriumDecoder)
         if warm and not solved:
             raise ValueError(f"warm=True: {self._is_not_solved()}")
-        stop, most = self._stop(steps, tolerance), self._most(max_detections)
-        transform = eval_transform(self.recipe.augmentation)
+        stops = [self._stop(steps, tolerance, warm=again) for again in (False, True)]
+        most, transform = self._most(max_detections), eval_transform(self.recipe.augmentation)
         last: tuple[Any, Output] | None = None
         for place, frame in enumerate(frames):
             image = NamedImage.of(frame, place)
@@ -276,6 +276,7 @@ class Predictor(HubMixin):
             start = None
             if last is not None and last[0] == scene and (solved if warm is None else warm):
                 start = last[1].queries
+            stop = stops[start is not None]
             output = self.detector(batch.images, batch.sizes, stop=stop, start=start)
             last = scene, output
             (found,) = read_output(output, batch, most)
@@ -330,7 +331,7 @@ class Predictor(HubMixin):
         return most
 
     def _stop(
-        self, steps: Steps | None, tolerance: float | None
+        self, steps: Steps | None, tolerance: float | None, *, warm: bool = False
     ) -> implicit.Steps | implicit.Tolerance | None:
         """When to stop refining; `None` for what the recipe says."""
         decoder = self.detector.decoder
@@ -352,7 +353,8 @@ class Predictor(HubMixin):
             if not 0 < tolerance < math.inf:
                 raise ValueError(f"tolerance={tolerance}: give a number of pixels above 0.")
             settled = replace(settled, pixels=tolerance)
-        return decoder.until(settled, steps if isinstance(steps, int) else MOST_STEPS)
+        most = steps if isinstance(steps, int) else MOST_STEPS
+        return decoder.until(settled, most, warm=warm)
 
     def _is_not_solved(self) -> str:
         return (

@@ -266,16 +266,22 @@ class EquilibriumDecoder(Decoder):
         """The initialisation layer, if there is one of its own."""
         return self.refinement if self.initial is None else self.initial
 
-    @property
-    def stop(self) -> implicit.Steps | implicit.Tolerance:
-        """When refinement ends at inference."""
+    def default_stop(self, *, warm: bool = False) -> implicit.Steps | implicit.Tolerance:
+        """When refinement ends at inference; ``warm`` as for `until`."""
         config = self.config
         if config.steps != "auto" or config.tolerance is not None:
             return config.eval_stop
-        return self.until(config.settled, config.most_steps)
+        return self.until(config.settled, config.most_steps, warm=warm)
 
-    def until(self, settled: Settled, most_steps: int) -> implicit.Tolerance:
-        """The stop that ends the refinement of an image when it has settled."""
+    def until(self, settled: Settled, most_steps: int, *, warm: bool = False) -> implicit.Tolerance:
+        """The stop that ends the refinement of an image when it has settled.
+
+        Args:
+            settled: when that is.
+            most_steps: after so many refinements it ends in any case.
+            warm: for images that start from the frame before.
+        """
+        least = min(settled.least_steps, LEAST_WARM) if warm else settled.least_steps
 
         def movement(before: Queries, after: Queries) -> Tensor:
             return settled.movement(before, after, self.refinement.classify)
@@ -285,7 +291,7 @@ class EquilibriumDecoder(Decoder):
             atol=1.0,
             max_steps=most_steps,
             norm=movement,
-            min_steps=min(settled.least_steps, most_steps),
+            min_steps=min(least, most_steps),
         )
 
     def forward(
@@ -307,18 +313,14 @@ class EquilibriumDecoder(Decoder):
             solver: by default the one of the configuration; of another than `implicit.Naive` the
                 best iterate counts (`implicit.Best`).
             start: where to start instead of at the first layer's output: at ``output.queries`` of
-                the frame before, in a film; such an image may be done after `LEAST_WARM`
-                refinements.
+                the frame before, in a film.
             trace: also return the relative residual of every refinement.
         """
-        stop = stop or self.stop
-        if start is not None and isinstance(stop, implicit.Tolerance):
-            stop = replace(stop, min_steps=min(stop.min_steps, LEAST_WARM))
         solution = implicit.fixed_point(
             self.refinement,
             self.first(queries, features) if start is None else start,
             solver=self._safe(solver or self.config.eval_solver or self.config.solver),
-            stop=stop,
+            stop=stop or self.default_stop(warm=start is not None),
             gradient=implicit.JFB(),
             args=(features,),
             trace=trace,
@@ -338,7 +340,7 @@ class EquilibriumDecoder(Decoder):
             self.refinement,
             start,
             solver=self._safe(self.config.eval_solver or self.config.solver),
-            stop=self.stop,
+            stop=self.default_stop(),
             gradient=implicit.JFB(),
             args=(features,),
             path=range(1, self.config.most_steps + 1),
