@@ -5,7 +5,7 @@
 From 100 queries, 32 points, an image of 800×1344, batch 1 and T = 25 one of these is changed at a
 time.  Time is that of the whole path in inference mode (median, the device's work included);
 memory is the most that is alive at once in forward and backward pass of one supervised position
-with RAG(2) at the end of it, counted as `benchmarks.gradient_memory` does, gradients of the weights
+with RAG(2) at the end of it, counted as by `benchmarks.training_memory`, gradients of the weights
 and of the feature maps included.  It is the refinement alone, without backbone and neck: of the
 image only the maps grow.  The exponent ``p`` of ``cost ∝ size^p`` is the slope of a least-squares
 line through the logarithms.  Feature maps have the layout in which the detector hands them to its
@@ -28,7 +28,6 @@ from rich.table import Table
 
 import implicit
 from benchmarks.full_size import Problem, full_size
-from benchmarks.gradient_memory import measured, peak_of, subject_of, supervise
 from benchmarks.measure import (
     by_turns,
     device,
@@ -39,6 +38,7 @@ from benchmarks.measure import (
     wide_console,
     write_results,
 )
+from benchmarks.training_memory import measured, peak_of, subject_of, supervise
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from benchmarks import (
     scaling,
     steps,
     throughput,
+    training_memory,
     training_step,
 )
 from benchmarks.full_size import full_size
@@ -336,7 +337,7 @@ def test_contestants_refine_alike() -> None:
 
 
 def test_memory_of_a_small_layer_is_what_theory_says() -> None:
-    subject = gradient_memory.generic(batch=64, dim=32)
+    subject = training_memory.generic(batch=64, dim=32)
     rows = gradient_memory.by_gradient(subject, (1, 3), steps=4)
     kept = {(row.gradient, row.k): row.kept for row in rows}
     state = 64 * 32 * 4
@@ -352,14 +353,14 @@ def test_memory_of_a_small_layer_is_what_theory_says() -> None:
 def test_memory_of_the_refinement_has_the_gradients_of_its_maps() -> None:
     """And where one weight alone wants a gradient, neither these nor those of the weights."""
     small = full_size(5, 4, image=(64, 96))
-    subject = gradient_memory.subject_of(small)
+    subject = training_memory.subject_of(small)
     assert set(subject.wanting) == {*small.layer.parameters(), *subject.args[0]}
     named = small.layer.named_parameters()
     weights = sum(p.nbytes for name, p in named if not name.startswith("class_head"))  # not read
-    peak = counts.live_bytes(lambda: gradient_memory.train(subject, implicit.JFB(), 1))
+    peak = counts.live_bytes(lambda: training_memory.train(subject, implicit.JFB(), 1))
     maps = sum(map_.nbytes for map_ in subject.args[0])
     assert peak > weights + maps
-    assert gradient_memory.frozen_peak(subject, implicit.JFB(), 1) < weights
+    assert training_memory.frozen_peak(subject, implicit.JFB(), 1) < weights
     assert all(tensor.grad is None for tensor in subject.wanting)
     assert set(subject.wanting) == {*small.layer.parameters(), *subject.args[0]}
 
@@ -380,14 +381,14 @@ def test_memory_of_the_refinement_has_the_gradients_of_its_maps() -> None:
 def test_what_is_imagined_takes_the_bytes_of_what_is_computed(gradient: implicit.Gradient) -> None:
     """Two ways to count: tensors without values, and all that is computed."""
     for real in (
-        gradient_memory.generic(batch=64, dim=32),
-        gradient_memory.subject_of(full_size(5, 4, image=(64, 96))),
+        training_memory.generic(batch=64, dim=32),
+        training_memory.subject_of(full_size(5, 4, image=(64, 96))),
     ):
-        train = functools.partial(gradient_memory.train, real, gradient, 3)
+        train = functools.partial(training_memory.train, real, gradient, 3)
         wanted = counts.saved_bytes(train, real.outside), counts.live_bytes(train)
-        with gradient_memory.measured(real) as copy:
-            row = gradient_memory.memory_of(
-                copy, "", 1, 3, functools.partial(gradient_memory.train, copy, gradient, 3)
+        with training_memory.measured(real) as copy:
+            row = training_memory.memory_of(
+                copy, "", 1, 3, functools.partial(training_memory.train, copy, gradient, 3)
             )
         assert (row.kept, row.peak) == wanted
         # Of what operations allocate inside themselves, and of the states of generators that
