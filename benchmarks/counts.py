@@ -89,7 +89,8 @@ class Operations(TorchDispatchMode):
     """Counts tensor operations, and the bytes of the storages they made that are alive.
 
     What lived before is not counted, nor a storage seen through a second tensor, nor what an
-    operation allocates and frees inside itself.  Deterministic, on any device.
+    operation allocates and frees inside itself, nor what a storage grows by.  Deterministic, on any
+    device.
 
     Example:
         >>> with Operations() as operations:

@@ -147,7 +147,7 @@ def headlines(folder: Path) -> str:
     points = {(row["kind"], row["setting"]): row for row in results("steps")["points"]}
     auto, full = points["auto", "settled"], points["naive", "25 steps"]
     add(
-        'refinements of an image with `steps="auto"`, trained on digits',
+        'steps of an image with `steps="auto"` (and one refinement to know it), trained on digits',
         f"{auto['steps']:.1f}, AP {100 * auto['AP']:.1f}",
         f"25, AP {100 * full['AP']:.1f}",
     )

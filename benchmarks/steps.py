@@ -10,15 +10,19 @@ settled (`detection.decoder.movement.Settled`), and beside it, what that would g
 ``least_steps``.  Steps are those that moved the state; to know that it has settled, one refinement
 more is computed than there are steps, and so with tolerances.
 
-These images are the test of that rule.  Its limits were chosen on the scenes (`docs/claims.md`),
-and its six refinements at least on them and on 3500 other images of digits, with the same detector:
-``compose_digits(val_images=1000, seed=1001)`` for one, which ``--data`` takes.  On films of that
-one the two of a warm start were chosen.
+How the rule came about: its limits were chosen on the scenes (`docs/claims.md`), and alone they
+missed the goal on these images (*at once*, 0.0040 of AP).  The six refinements at least were added
+then, chosen on the scenes and on 3500 more images of digits, of which ``--data`` gives the same
+figures (``compose_digits(val_images=500, seed=1000)``, and 1000 images each of seeds 1001, 1002
+and 1003).  They show the same exemplars as these, on the same photographs, and another rule was
+tried on these before this one.  So the figures of *auto* here are those of a rule that is known to
+do well on such images, and no independent test of it.
 
-Then the same on films: validation images through which a window moves by a pixel a frame.  A cold
-start refines every frame from the first layer's output, a warm start from the detections of the
-frame before.  *Flicker* is how far a detection's box jumps, in pixels and beyond the window's own
-movement, between two frames, for those that are seen in both (score ≥ 0.3).
+Then the same on films: validation images through which a window moves by a pixel a frame, or
+stands *still*.  A cold start refines every frame from the first layer's output, a warm start from
+the detections of the frame before, and may then be done at once.  *Flicker* is how far a
+detection's box jumps, in pixels and beyond the window's own movement, between two frames, for those
+that are seen in both (score ≥ 0.3).
 """
 
 from __future__ import annotations
@@ -73,6 +77,15 @@ class Film:
     start: str
     steps: float
     flicker: float
+
+
+STARTS = {
+    "cold": ("cold", 1),
+    "warm": ("warm", 1),
+    "cold, still": ("cold", 0),
+    "warm, still": ("warm", 0),
+}
+"""Of films: how a frame starts, and by how many pixels the window moves."""
 
 
 @contextmanager
@@ -137,33 +150,34 @@ def films(model: Detector, dataset: CocoDataset) -> list[Film]:
     decoder.config = replace(base, steps="auto")
     model.eval()
     found, sizes = [], torch.tensor([[WINDOW, WINDOW]], device=device())
-    for start in ("cold", "warm"):
+    for name, (start, speed) in STARTS.items():
         steps: list[float] = []
         jumps: list[float] = []
         for number in range(min(FILMS, len(dataset))):
             image = dataset[number][0]
             last: Output | None = None
             for frame in range(FRAMES):
-                window = image[None, :, frame : frame + WINDOW, frame : frame + WINDOW].to(device())
+                at = slice(frame * speed, frame * speed + WINDOW)
+                window = image[None, :, at, at].to(device())
                 features, queries = model.encode(window, sizes)
                 warm = last.queries if start == "warm" and last is not None else None
                 output = decoder(features, queries, start=warm)
                 if last is not None:
                     assert output.steps is not None
                     steps.append(float(output.steps))
-                    jumps += jumps_between(last, output)
+                    jumps += jumps_between(last, output, speed)
                 last = output
-        found.append(Film(start, statistics.fmean(steps), statistics.fmean(jumps)))
+        found.append(Film(name, statistics.fmean(steps), statistics.fmean(jumps)))
     decoder.config = base
     return found
 
 
-def jumps_between(last: Output, output: Output) -> list[float]:
+def jumps_between(last: Output, output: Output, speed: int = 1) -> list[float]:
     """How far each seen box jumps to its nearest successor, beyond the window's movement."""
     before, after = (x.boxes[0][_seen(x)] for x in (last, output))
     if not len(before) or not len(after):
         return []
-    distance = (before[:, None] - 1 - after[None]).abs().amax(-1).amin(1)  # the window moves by 1
+    distance = (before[:, None] - speed - after[None]).abs().amax(-1).amin(1)
     return [float(d) for d in distance if d < WINDOW / 8]  # others have left the window
 
 
@@ -178,7 +192,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
     fixed = sorted((p for p in points if p.kind == "naive"), key=lambda p: p.steps)
     full = fixed[-1]
     enough = next(p.steps for p in fixed if p.AP >= full.AP - GOAL_AP)
-    cold, warm = (Film(**found) for found in results["films"])
+    cold, warm, *_ = (Film(**found) for found in results["films"])
     return [
         Goal(
             'steps of "auto" over 25, mean',
@@ -186,8 +200,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             most=GOAL_STEPS,
             reason=(
                 "An image waits for the slowest of its boxes, in proportion to their scores, and "
-                "some move on long after their AP has settled. The rule was chosen on other "
-                "images, and not moved again to meet the goal. The fewest steps that lose no more "
+                "some move on long after their AP has settled. The fewest steps that lose no more "
                 "AP than the goal allows, the same for all images and chosen after the fact, are "
                 f"{enough / full.steps:.2f} of them."
             ),
@@ -198,9 +211,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             most=GOAL_AP,
             reason=(
                 "Scores of some images go on rising by less than `settled.score` a step when they "
-                "are taken for settled. The rule was chosen on other images, and not moved again "
-                "to meet the goal; a smaller `settled.score`, or more `settled.least_steps`, buys "
-                "the AP back, with steps."
+                "are taken for settled. A smaller `settled.score`, or more `settled.least_steps`, "
+                "buys the AP back, with steps."
             ),
         ),
         Goal("steps per frame, warm over cold", warm.steps / cold.steps, most=1),
@@ -211,8 +223,9 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             reason=(
                 "Refinement ends when no box moves by more than `settled.pixels` over its score, "
                 "and we take it that a warm start ends at the near side of that, where the last "
-                "frame was: it is the price of the steps that it saves. On the films by which "
-                "its two refinements were chosen it was 0.95."
+                "frame was: it is the price of the steps that it saves. Two refinements at least "
+                "bring it to 1.09, and a film that stands still then never rests. A smaller "
+                "`settled.pixels` buys it back."
             ),
         ),
     ]

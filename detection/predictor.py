@@ -162,7 +162,8 @@ class Predictor(HubMixin):
                 detections have settled and 25 times at most; by default as the recipe says.
             tolerance: pixels, of the image as it was resized for the detector, that a box may
                 still move in one more refinement, times its score; an image that has come so far
-                is done, before its ``steps`` have been taken.
+                is done, before its ``steps`` have been taken, but after the recipe's
+                ``settled.least_steps`` at the soonest.
             max_detections: kept per image, the surest; by default as the recipe says.
             batch_size: images that go through the detector together.
 

@@ -6,7 +6,7 @@ Everything is batch first, so that samples can leave and come back into their or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class BestSoFar:
             torch.where(better, residual, old.residual),
             torch.where(better, relative, old.relative),
         )
+
+    def forgotten(self, rows: Tensor) -> BestSoFar:
+        """The same, where whatever comes next is better in some rows ``(B,)``."""
+        return replace(self, residual=self.residual.masked_fill(rows, torch.nan))
 
 
 @dataclass

@@ -67,8 +67,11 @@ class Tolerance:
         norm: ``"l2"``, ``"rms"`` or ``"max"`` over all elements of a sample; or a distance of
             your own, ``distance(y, fy)`` of a state and its image, ``(B,)``, in whatever units
             ``atol`` then has.  Such a distance has no size to be relative to: it takes ``rtol=0``.
-        min_steps: steps before a sample may stop, unless its residual is not finite: for a path
-            that begins slowly, or a distance that may be small by chance.
+        min_steps: steps before a sample may be done: for a path that begins slowly, or a distance
+            that may be small by chance.  No iterate before counts, for `Best` neither; and none
+            but the start is tested, unless for a trace or by a solver that begins again where it
+            is not finite (`Solver.retreats`), so the host does not wait and ``norm`` is not
+            evaluated.
 
     Example:
         >>> Tolerance(rtol=1e-4).max_steps

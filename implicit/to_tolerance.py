@@ -68,8 +68,11 @@ class ToTolerance:
                 y = spread(y, fy)
                 self.samples = Samples.all(y, self.solver.begin(y, self.problem, memory))
             self.samples.y = y
-            fy, r = self._test(n, fy, fy - y, trace)
-            y = self.samples.y
+            r = fy - y
+            # The start is tested, and whatever somebody wants to know of before the least steps.
+            if n == 0 or n >= self.stop.min_steps or trace or self.roll.may_retreat:
+                fy, r = self._test(n, fy, r, trace)
+                y = self.samples.y
             if n == last or self.roll.still == 0:
                 return
             few = self.roll.still <= STAYING * len(y)
@@ -97,7 +100,7 @@ class ToTolerance:
             samples.first = now
             self._check_reachable(now, allowed, size)
         if trace or self.solver.keeps_best:
-            self._record(samples, now, self._relative(size, now, r), trace)
+            self._record(n, samples, now, self._relative(size, now, r), trace)
         margin = now - allowed  # whose sign is exact
         if n < self.stop.min_steps:
             margin = margin.masked_fill(margin <= 0, 1)
@@ -203,14 +206,17 @@ class ToTolerance:
         """Relative residuals: in the norm of the stop, or ‖·‖₂ where that is a mere distance."""
         return relative_to(size, batch_norm_of(r, "l2") if callable(self.stop.norm) else now)
 
-    def _record(self, samples: Samples, now: Tensor, relative: Tensor, trace: bool) -> None:
+    def _record(self, n: int, samples: Samples, now: Tensor, relative: Tensor, trace: bool) -> None:
         """What is kept of every test: the trace, and the best iterate."""
         if trace:
             gone = [torch.full_like(left.relative, torch.nan) for left in self.left]
             present = torch.where(samples.active, relative, torch.nan)
             self.traced.append(self._whole([*gone, present]))
         if self.solver.keeps_best:
-            samples.best = BestSoFar.of(samples.best, samples.y, now, relative)
+            best = samples.best
+            if best is not None and n == self.stop.min_steps:
+                best = best.forgotten(samples.active)
+            samples.best = BestSoFar.of(best, samples.y, now, relative)
 
     def _check_reachable(self, now: Tensor, allowed: Tensor, size: Tensor) -> None:
         """Refuse a tolerance that rounding alone exceeds."""

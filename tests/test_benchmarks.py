@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import recorded_graphs
@@ -350,9 +351,38 @@ def test_memory_of_a_small_layer_is_what_theory_says() -> None:
     assert flat[0].kept == flat[1].kept
 
 
+def test_every_position_counts() -> None:
+    """Supervision at m positions evaluates the layer 2m times with gradient, and once more each."""
+    subject = training_memory.generic(batch=4, dim=3)
+    calls: list[bool] = []
+    handle = subject.layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for recompute in (False, True):
+        calls.clear()
+        training_memory.supervise(subject, (2, 5), recompute)
+        assert sum(calls) == 2 * 2 * (1 + recompute) and len(calls) == sum(calls) + 5
+    handle.remove()
+    numbers = []
+
+    def note(*args: Any) -> training_memory.Memory:
+        numbers.append(args[-1].args[1])
+        return training_memory.Memory("", "", 1, 1, 1, 1)
+
+    with patch.object(gradient_memory, "memory_of", note):
+        gradient_memory.by_positions(subject, (1, 3), steps=6)
+    assert [list(at) for at in numbers] == [[6], [4, 5, 6]]
+
+
+def test_at_once_has_no_least_steps() -> None:
+    base = EquilibriumConfig()
+    found = steps.settings(base)
+    assert found["auto", "settled"].settled == base.settled
+    assert found["auto", "at once"].settled == replace(base.settled, least_steps=0)
+    assert base.settled.least_steps == 6
+
+
 def test_memory_of_the_refinement_has_the_gradients_of_its_maps() -> None:
     """And where one weight alone wants a gradient, neither these nor those of the weights."""
-    small = full_size(5, 4, image=(64, 96))
+    small = full_size(1, 1, image=(256, 320))
     subject = training_memory.subject_of(small)
     assert set(subject.wanting) == {*small.layer.parameters(), *subject.args[0]}
     named = small.layer.named_parameters()
@@ -360,7 +390,7 @@ def test_memory_of_the_refinement_has_the_gradients_of_its_maps() -> None:
     peak = counts.live_bytes(lambda: training_memory.train(subject, implicit.JFB(), 1))
     maps = sum(map_.nbytes for map_ in subject.args[0])
     assert peak > weights + maps
-    assert training_memory.frozen_peak(subject, implicit.JFB(), 1) < weights
+    assert training_memory.frozen_peak(subject, implicit.JFB(), 1) < maps < weights
     assert all(tensor.grad is None for tensor in subject.wanting)
     assert set(subject.wanting) == {*small.layer.parameters(), *subject.args[0]}
 

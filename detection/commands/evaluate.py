@@ -31,7 +31,8 @@ class Evaluate(Command):
         batch_size: images at a time; by default as in the recipe.  The scores do not depend on it.
         workers: processes that load images; by default as in the recipe.
         steps: refinements of each image, or auto; by default as in the recipe.
-        tolerance: pixels that a box may still move, times its score, when an image is done.
+        tolerance: pixels that a box may still move, times its score, when an image is done, after
+            the recipe's settled.least_steps at the soonest.
         json: write the scores to this file too.
         device: cuda, cuda:1 or cpu; by default CUDA if there is one.
         digits: the embedded data set.

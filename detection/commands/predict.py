@@ -42,7 +42,8 @@ class Predict(Command):
         output: new or empty folder to write to; by default a new one below runs/.
         threshold: lowest score that is drawn and counted; the records have all.
         steps: refinements of each image, or auto; by default as in the recipe.
-        tolerance: pixels that a box may still move, times its score, when an image is done.
+        tolerance: pixels that a box may still move, times its score, when an image is done, after
+            the recipe's settled.least_steps at the soonest.
         max_detections: kept per image; by default as in the recipe.
         device: cuda, cuda:1 or cpu; by default CUDA if there is one.
     """

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from detection.decoder.queries import Queries
 
-LEAST_WARM = 2
-"""Refinements from the detections of another frame: with fewer, boxes lag behind what moves."""
 _EARLIER = {"pixels": 1.0, "score": 0.02}
 """Limits, unless others were chosen, of the rule before this one, which had a ``least_score``."""
 
@@ -29,7 +27,7 @@ class Settled:
 
     From the output of the first layer, scores may stand almost still for a refinement before they
     rise.  So an image is refined `least_steps` times before it may be done, by default as often as
-    a decoder of six layers does, and `LEAST_WARM` times where it starts from the frame before.
+    a decoder of six layers does; where it starts from the frame before, it may be done at once.
 
     Args:
         pixels: most that a side of a box may still move, times the score of the box.
@@ -52,8 +50,9 @@ class Settled:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"settled.{name}={value}: must be a number above 0.")
-        if self.least_steps < 0:
-            raise ValueError(f"settled.least_steps={self.least_steps}: must be at least 0.")
+        least = self.least_steps
+        if isinstance(least, bool) or not isinstance(least, int) or least < 0:
+            raise ValueError(f"settled.least_steps={least!r}: must be an integer of at least 0.")
 
     @staticmethod
     def from_earlier(stored: Mapping[str, Any]) -> dict[str, Any]:

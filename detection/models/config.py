@@ -111,7 +111,7 @@ class EquilibriumConfig:
     Args:
         train_steps: ``T`` of the path in training.
         steps: solver steps at inference; ``"auto"`` refines each image until its detections have
-            `settled`, with 25 steps at most.
+            `settled`, which says how often at least, with 25 steps at most.
         settled: when that is.
         initial: whether the initialisation layer has weights of its own, or is the refinement
             layer itself (first row of Table 4a).

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import implicit
 from detection.decoder.layer import LayerConfig, RefinementLayer
-from detection.decoder.movement import LEAST_WARM, Settled
+from detection.decoder.movement import Settled
 from detection.decoder.noise import BoxNoise, ContentNoise
 from detection.decoder.queries import Queries, QueryLayer
 from detection.decoder.sparse_rcnn import SparseRCNNLayer
@@ -279,9 +279,9 @@ class EquilibriumDecoder(Decoder):
         Args:
             settled: when that is.
             most_steps: after so many refinements it ends in any case.
-            warm: for images that start from the frame before.
+            warm: for images that start from the frame before, and may be done at once.
         """
-        least = min(settled.least_steps, LEAST_WARM) if warm else settled.least_steps
+        least = 0 if warm else min(settled.least_steps, most_steps)
 
         def movement(before: Queries, after: Queries) -> Tensor:
             return settled.movement(before, after, self.refinement.classify)
@@ -291,7 +291,7 @@ class EquilibriumDecoder(Decoder):
             atol=1.0,
             max_steps=most_steps,
             norm=movement,
-            min_steps=min(least, most_steps),
+            min_steps=least,
         )
 
     def forward(

@@ -707,6 +707,7 @@ def test_movement_needs_limits(value: float) -> None:
         Settled(pixels=value)
 
 
-def test_least_steps_are_a_number_of_steps() -> None:
-    with pytest.raises(ValueError, match=r"settled\.least_steps=-1.*at least 0"):
-        Settled(least_steps=-1)
+@pytest.mark.parametrize("value", [-1, 2.5, True, math.nan])
+def test_least_steps_are_a_number_of_steps(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"settled\.least_steps=.*integer of at least 0"):
+        Settled(least_steps=value)

@@ -662,7 +662,7 @@ def test_an_image_is_refined_until_its_detections_have_settled() -> None:
 
 
 def test_an_image_is_refined_some_times_before_it_may_be_done() -> None:
-    """By the first layer's output; from the frame before, fewer times."""
+    """From the first layer's output; from the frame before it may be done at once."""
     decoder, maps, start = contractive()
     loose = Settled(pixels=1e9, score=2.0, least_steps=4)
     decoder.config = replace(decoder.config, steps="auto", settled=loose)
@@ -672,13 +672,10 @@ def test_an_image_is_refined_some_times_before_it_may_be_done() -> None:
         fixed = decoder(maps, start, stop=implicit.Steps(4))
         torch.testing.assert_close(cold.boxes, fixed.boxes)
         warm = decoder(maps, start, start=cold.queries)
-        assert warm.steps is not None and warm.steps.tolist() == [2] * len(warm.steps)
+        assert warm.steps is not None and not warm.steps.any()
         # What the caller says about the end holds as it stands.
         often = decoder(maps, start, start=cold.queries, stop=decoder.until(loose, 25))
         assert often.steps is not None and often.steps.tolist() == [4] * len(often.steps)
-        for stop in (decoder.until(loose, 1), decoder.until(loose, 1, warm=True)):
-            once = decoder(maps, start, start=cold.queries, stop=stop)
-            assert once.steps is not None and once.steps.tolist() == [1] * len(once.steps)
         # Never more often than refinement is allowed to.
         few = decoder(maps, start, stop=decoder.until(loose, 2))
         assert few.steps is not None and few.steps.tolist() == [2] * len(few.steps)

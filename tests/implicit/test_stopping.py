@@ -428,35 +428,79 @@ def test_tolerance_waits_once_per_look(solver: implicit.Solver, every: int) -> N
 # -- least steps ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("least", [1, 5, 60])
-def test_no_sample_is_done_before_its_least_steps(solver: implicit.Solver, least: int) -> None:
+@pytest.mark.parametrize("solver", [*SOLVERS, implicit.Best(implicit.Naive())], ids=repr)
+def test_no_sample_is_done_before_its_least_steps(
+    solver: implicit.Solver, least: int, every: int
+) -> None:
     """The first row begins at its fixed point, the others end as they would have, or at last."""
     slope = torch.tensor([[0.5], [0.1], [0.9]], dtype=torch.float64)
     y0 = torch.tensor([[0.0], [1.0], [1.0]], dtype=torch.float64)
 
-    def solve(least: int) -> implicit.Solution:
-        stop = implicit.Tolerance(rtol=0.0, atol=1e-6, max_steps=200, min_steps=least)
-        with torch.no_grad():
-            return implicit.fixed_point(
-                lambda y, s: s * y.sin(), y0, solver=solver, stop=stop, args=(slope,)
-            )
+    def solve(least: int, **how: Any) -> implicit.Solution:
+        stop = Tolerance(0.0, 1e-6, max_steps=200, check_every=every, min_steps=least)
+        return fixed_point(
+            lambda y, s: s * y.sin(), y0, solver=solver, stop=stop, args=(slope,), **how
+        )
 
-    free, held = solve(0), solve(least)
+    free = solve(0)
     assert free.steps[0] == 0, "or the test shows nothing"
-    assert held.converged.all()
-    assert held.steps.tolist() == [max(least, int(n)) for n in free.steps]
-    assert held.value.abs().amax() <= 1e-5, "sin has its fixed point at 0"
+    for held in (solve(least), solve(least, trace=True), solve(least, gradient=implicit.RAG(2))):
+        assert held.converged.all()
+        assert held.steps.tolist() == [max(least, int(n)) for n in free.steps]
+        assert held.value.abs().amax() <= 1e-5, "sin has its fixed point at 0"
 
 
-def test_a_sample_that_is_not_finite_does_not_wait_for_its_least_steps() -> None:
-    solution = implicit.fixed_point(
+def test_least_steps_hold_under_vmap_and_at_the_very_limit() -> None:
+    """A step of exactly the tolerance is within it, and may not end the solve too soon either."""
+
+    def steps(y0: Tensor) -> Tensor:
+        stop = Tolerance(0.0, 0.5, max_steps=9, min_steps=4)
+        return fixed_point(lambda y: y + 0.5, y0, solver=implicit.Naive(), stop=stop).value
+
+    y0 = torch.zeros(3, 2, 1)
+    assert torch.equal(steps(y0[0]), y0[0] + 2.0)
+    assert torch.equal(torch.vmap(steps)(y0), y0 + 2.0)
+
+
+def test_before_its_least_steps_nothing_is_tested_but_the_start() -> None:
+    calls = []
+
+    def distance(y: Tensor, fy: Tensor) -> Tensor:
+        calls.append(y)
+        return (fy - y).abs().amax(1)
+
+    stop = Tolerance(rtol=0.0, atol=1.0, min_steps=6, norm=distance)
+    with torch.no_grad(), Synchronisations() as counter:
+        solution = fixed_point(torch.cos, torch.ones(2, 1), solver=implicit.Naive(), stop=stop)
+    assert solution.steps.tolist() == [6, 6]
+    assert len(calls) == 2 and counter.count <= 3
+    # What is not finite is found then.
+    lost = fixed_point(
         lambda y: torch.where(y > 2, torch.nan, 2 * y),
         torch.ones(1, 1),
         solver=implicit.Naive(),
-        stop=implicit.Tolerance(min_steps=20),
+        stop=Tolerance(min_steps=20),
     )
-    assert solution.steps.item() == 2 and not solution.converged.item()
+    assert lost.steps.item() == 20 and lost.status.item() == Status.DIVERGED
+
+
+def test_the_best_iterate_is_one_after_the_least_steps() -> None:
+    """The start is within the tolerance by chance; all that follow move by 1."""
+
+    def f(y: Tensor) -> Tensor:
+        return y + torch.where(y < 0.003, 0.006, 1.0)
+
+    def solve(least: int) -> implicit.Solution:
+        stop = Tolerance(rtol=0.0, atol=0.01, max_steps=10, min_steps=least)
+        return fixed_point(f, torch.zeros(2, 1), solver=implicit.Best(implicit.Naive()), stop=stop)
+
+    assert solve(0).converged.all() and not solve(0).value.any()
+    held = solve(6)
+    assert not held.converged.any()
+    assert held.value.flatten().tolist() == pytest.approx([5.006, 5.006])
+    assert held.residual.tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_a_loop_of_its_own_has_no_least_steps() -> None:
