@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import recorded_graphs
@@ -351,25 +350,28 @@ def test_memory_of_a_small_layer_is_what_theory_says() -> None:
     assert flat[0].kept == flat[1].kept
 
 
-def test_every_position_counts() -> None:
-    """Supervision at m positions evaluates the layer 2m times with gradient, and once more each."""
+def test_supervision_evaluates_twice_at_each_position() -> None:
+    """With gradient; and once more each where it is computed again."""
     subject = training_memory.generic(batch=4, dim=3)
-    calls: list[bool] = []
-    handle = subject.layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    tracked: list[bool] = []
+
+    def note(*_: Any) -> None:
+        tracked.append(torch.is_grad_enabled())
+
+    handle = subject.layer.register_forward_pre_hook(note)  # recomputation may not come to the end
     for recompute in (False, True):
-        calls.clear()
+        tracked.clear()
         training_memory.supervise(subject, (2, 5), recompute)
-        assert sum(calls) == 2 * 2 * (1 + recompute) and len(calls) == sum(calls) + 5
+        assert sum(tracked) == 2 * 2 * (1 + recompute) and len(tracked) == sum(tracked) + 5
     handle.remove()
-    numbers = []
 
-    def note(*args: Any) -> training_memory.Memory:
-        numbers.append(args[-1].args[1])
-        return training_memory.Memory("", "", 1, 1, 1, 1)
 
-    with patch.object(gradient_memory, "memory_of", note):
-        gradient_memory.by_positions(subject, (1, 3), steps=6)
-    assert [list(at) for at in numbers] == [[6], [4, 5, 6]]
+def test_as_many_positions_are_measured_as_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    monkeypatch.setattr(gradient_memory, "supervise", lambda _, at, again: seen.append(list(at)))
+    monkeypatch.setattr(gradient_memory, "memory_of", lambda *args: args[-1]())
+    gradient_memory.by_positions(training_memory.generic(4, 3), (1, 3), steps=6)
+    assert seen == [[6], [4, 5, 6]]
 
 
 def test_at_once_has_no_least_steps() -> None:
