@@ -223,9 +223,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             reason=(
                 "Refinement ends when no box moves by more than `settled.pixels` over its score, "
                 "and we take it that a warm start ends at the near side of that, where the last "
-                "frame was: it is the price of the steps that it saves. Two refinements at least "
-                "bring it to 1.09, and a film that stands still then never rests. A smaller "
-                "`settled.pixels` buys it back."
+                "frame was: it is the price of the steps that it saves. A smaller "
+                "`settled.pixels` buys it back, with steps."
             ),
         ),
     ]
