@@ -451,6 +451,16 @@ def test_exponents_and_a_small_sweep() -> None:
     assert costs[0].bytes == costs[1].bytes > 0  # the path is not kept
 
 
+def test_the_memory_of_a_sweep_is_that_at_the_end_of_the_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(scaling, "supervise", lambda _, at: seen.append(at))
+    setting = scaling.Setting(queries=5, points=4, area=64 * 108, steps=7)
+    scaling.cost_of("steps", setting, repeats=1)
+    assert seen == [(7,)]
+
+
 def test_the_stopwatch_tells_parts_from_what_is_inside_them() -> None:
     watch = training_step.Stopwatch()
     with watch.part("path"):
