@@ -125,14 +125,16 @@ def grid(subject: Subject) -> list[Memory]:
 
 def by_allocator(subject: Subject) -> list[dict[str, Any]]:
     """Peaks of some rows as torch's allocator tells them, with all that operations allocate."""
-    named = {"JFB": implicit.JFB(), "RAG(k)": implicit.RAG(2), "Neumann(k)": implicit.Neumann(2)}
+    named = [("JFB", 1, implicit.JFB())]
+    named += [(name, 2, gradients(2)[name]) for name in ("RAG(k)", "Neumann(k)")]
     return [
         {
             "layer": subject.name,
             "gradient": name,
+            "k": k,
             "allocated": peak_bytes(functools.partial(train, subject, gradient, min(T))),
         }
-        for name, gradient in named.items()
+        for name, k, gradient in named
     ]
 
 
@@ -199,10 +201,11 @@ def table_of(rows: Sequence[Memory], reference: Memory) -> Table:
 
 def goals(results: dict[str, Any]) -> list[Goal]:
     """What was promised of the memory of training."""
-    found = [Memory(**row) for row in results["rows"]]
+    by_layer: dict[str, dict[tuple[str, int, int], Memory]] = {}
+    for m in (Memory(**row) for row in results["rows"]):
+        by_layer.setdefault(m.layer, {})[m.gradient, m.k, m.steps] = m
     made: list[Goal] = []
-    for layer in dict.fromkeys(m.layer for m in found):
-        own = {(m.gradient, m.k, m.steps): m for m in found if m.layer == layer}
+    for layer, own in by_layer.items():
         jfb = own["JFB", 1, 5]
         length = own["supervise at 1", 2, 50].peak / own["supervise at 1", 2, 5].peak
         number, recomputed = (
@@ -235,7 +238,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
                 most=GOAL_NEUMANN,
             ),
         ]
-    own = {(m.gradient, m.k, m.steps): m for m in found if m.layer == REFINEMENT}
+    own = by_layer[REFINEMENT]
     recomputed = own["RAG(k, recompute)", 2, 5].peak / own["JFB", 1, 5].peak
     frozen = results["frozen"]
     activations = frozen[str(implicit.RAG(2, recompute=True))] / frozen[str(implicit.JFB())]
@@ -284,13 +287,14 @@ def main() -> None:
             rows = grid(copy)
         console.print(table_of(rows, rows[0]))
         found += rows
-    alive = {(m.layer, m.gradient): m.peak for m in found if m.steps == min(T) and m.k <= 2}
-    table = Table("layer", "gradient, k ≤ 2, T = 5", "peak, MiB", "by the allocator, MiB")
+    alive = {(m.layer, m.gradient, m.k): m.peak for m in found if m.steps == min(T)}
+    table = Table("layer", "gradient, T = 5", "k", "peak, MiB", "by the allocator, MiB")
     for row in allocated:
-        peak = alive[row["layer"], row["gradient"]]
+        peak = alive[row["layer"], row["gradient"], row["k"]]
         table.add_row(
             row["layer"],
             row["gradient"],
+            str(row["k"]),
             f"{peak / 2**20:.1f}",
             f"{row['allocated'] / 2**20:.1f}",
         )

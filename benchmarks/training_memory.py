@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import implicit
-from benchmarks.counts import Operations, imagined, live_bytes, peak_bytes, saved_bytes
+from benchmarks.counts import imagined, live_bytes, peak_bytes, saved_bytes
 from benchmarks.full_size import Problem, full_size
 from benchmarks.measure import device
 
@@ -144,13 +144,14 @@ def peak_of(run: Callable[[], None]) -> int:
 
 
 def memory_of(subject: Subject, name: str, k: int, steps: int, run: Callable[[], None]) -> Memory:
-    """Both figures of ``run``."""
-    if device() == "cuda":
-        kept, peak = saved_bytes(run, subject.outside), peak_bytes(run)
-    else:
-        with Operations() as operations:
-            kept = saved_bytes(run, subject.outside)
-        peak = operations.peak
+    """Both figures of ``run``, which runs once."""
+    kept = 0
+
+    def keep() -> None:
+        nonlocal kept
+        kept = saved_bytes(run, subject.outside)
+
+    peak = peak_of(keep)
     return Memory(subject.name, name, k, steps, kept, peak)
 
 
